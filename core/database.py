@@ -1,0 +1,154 @@
+"""The only module that knows which asyncio driver speaks to MongoDB.
+
+Today that is motor; its successor is PyMongo's own async client. Everything outside gets a `Database`
+and collections with the method names that both share.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+from typing import Any
+
+# Each open change stream keeps one of motor's threads; its default of 5 per core starves the rest.
+# Read by motor when it is imported.
+os.environ.setdefault("MOTOR_MAX_WORKERS", "64")
+
+from motor.motor_asyncio import AsyncIOMotorClient, AsyncIOMotorCollection
+from pymongo import IndexModel, ReadPreference, WriteConcern
+from pymongo.errors import OperationFailure, PyMongoError
+
+from core4 import faults
+
+Document = dict[str, Any]
+Collection = AsyncIOMotorCollection[Document]
+
+# State must survive a kill -9 of the server: only journaled writes do (see docs, embedded database).
+DURABLE = WriteConcern(w="majority", j=True, wtimeout=10_000)
+FAST = WriteConcern(w=1)
+
+
+class Database:
+    """One connection pool and one database; build it with `connect` inside the running loop.
+
+    ``find_and_modify`` is False where the server scans the collection for it (the embedded Python
+    server); `JobQueue.claim` then peeks and updates instead.
+    """
+
+    def __init__(self, client: AsyncIOMotorClient[Document], name: str, *, find_and_modify: bool) -> None:
+        self._client = client
+        self._database = client.get_database(name, read_preference=ReadPreference.PRIMARY)
+        self.name = name
+        self.find_and_modify = find_and_modify
+
+    @classmethod
+    async def connect(
+        cls,
+        url: str,
+        name: str = "core4",
+        *,
+        app_name: str = "core4",
+        timeout: float = 5.0,
+        find_and_modify: bool | None = None,
+    ) -> Database:
+        """A database that answered within `timeout` seconds.
+
+        `find_and_modify` overrides what the server is known to do well.
+
+        Raises: PyMongoError if the server cannot be reached.
+        """
+        client: AsyncIOMotorClient[Document] = AsyncIOMotorClient(
+            url,
+            appname=app_name,
+            tz_aware=True,
+            tzinfo=UTC,
+            io_loop=asyncio.get_running_loop(),
+            serverSelectionTimeoutMS=int(timeout * 1000),
+            connectTimeoutMS=int(timeout * 1000),
+            socketTimeoutMS=30_000,
+        )
+        try:
+            info = await client.admin.command("buildInfo")
+        except PyMongoError:
+            client.close()
+            raise
+        scans = "secantusVersion" in info
+        return cls(client, name, find_and_modify=not scans if find_and_modify is None else find_and_modify)
+
+    def collection(self, name: str) -> Collection:
+        """The collection for state: a write is acknowledged when it is durable."""
+        return faults.wrap(self._database.get_collection(name, write_concern=DURABLE))
+
+    def fast(self, name: str) -> Collection:
+        """The collection for logs and the like: a crash of the server may lose the last moment."""
+        return faults.wrap(self._database.get_collection(name, write_concern=FAST))
+
+    async def server_time(self) -> datetime:
+        """The server's clock, the only one that may declare a worker dead."""
+        reply: Mapping[str, Any] = await self._client.admin.command("hello")
+        time: datetime = reply["localTime"]
+        return time if time.tzinfo else time.replace(tzinfo=UTC)  # replies to commands come without a zone
+
+    async def ping(self) -> None:
+        """Raises: PyMongoError if the server does not answer."""
+        await self._client.admin.command("ping")
+
+    async def aggregate(self, collection: str, pipeline: Sequence[Mapping[str, Any]]) -> list[Document]:
+        """All documents a pipeline yields."""
+        return await self._database.get_collection(collection).aggregate(list(pipeline)).to_list(None)
+
+    async def ensure_indexes(self, indexes: Mapping[str, Sequence[IndexModel]]) -> None:
+        """Make what is missing of `indexes` (by collection); safe to repeat and to race."""
+        for collection, models in indexes.items():
+            await self._database.get_collection(collection).create_indexes(list(models))
+
+    async def drop(self) -> None:
+        """Delete the whole database (tests, demos)."""
+        await self._client.drop_database(self.name)
+
+    @asynccontextmanager
+    async def watch(
+        self, collections: Sequence[str], resume_token: Mapping[str, Any] | None
+    ) -> AsyncIterator[Any]:
+        """A change stream over `collections`, after `resume_token` if there is one.
+
+        Raises: OperationFailure where the server has no change streams or has lost the history.
+        """
+        pipeline = [{"$match": {"ns.coll": {"$in": list(collections)}}}]
+        stream = self._database.watch(pipeline, resume_after=resume_token, max_await_time_ms=1000)
+        async with stream:
+            # motor opens the stream lazily: ask once, so that a refusal comes from here.
+            first = await stream.try_next()
+            yield _Stream(stream, first)
+
+    async def close(self) -> None:
+        """Give the connections back."""
+        self._client.close()
+
+
+class _Stream:
+    """The changes of one stream: the one read while opening it, then the rest."""
+
+    def __init__(self, stream: Any, first: Mapping[str, Any] | None) -> None:
+        self._stream, self._first = stream, first
+
+    @property
+    def resume_token(self) -> Mapping[str, Any] | None:
+        token: Mapping[str, Any] | None = self._stream.resume_token
+        return token
+
+    async def next(self) -> Mapping[str, Any] | None:
+        """The next change; None after a second without one."""
+        if self._first is not None:
+            first, self._first = self._first, None
+            return first
+        change: Mapping[str, Any] | None = await self._stream.try_next()
+        return change
+
+
+def history_lost(error: OperationFailure) -> bool:
+    """True if a change stream cannot go on from its token, but a new one can be opened."""
+    return error.code in {260, 280, 286}

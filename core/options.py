@@ -1,0 +1,133 @@
+"""The options of a job: one table for class declarations, enqueue requests and stored documents.
+
+Loads nothing but the interpreter: job authors' modules import it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+PRIORITY_LIMIT = 1000  # what fits into `rank` beside force and the enqueue time, see core4.jobs
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option: its default, what is accepted (in words), the check, and what is stored of a value."""
+
+    default: Any
+    accepts: str
+    check: Callable[[Any], bool]
+    stored: Callable[[Any], Any] = lambda value: value
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _seconds(default: float | None, *, nullable: bool = False) -> Option:
+    def check(value: Any) -> bool:
+        if value is None:
+            return nullable
+        return _is_number(value) and 0 < value <= 10 * 365 * 86400
+
+    words = "seconds above 0, ten years at most" + (", or null" if nullable else "")
+    return Option(default, words, check)
+
+
+def _choice(default: str, *others: str) -> Option:
+    words = (default, *others)
+    return Option(default, "one of " + ", ".join(words), lambda v: isinstance(v, str) and v in words)
+
+
+_SIZE = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,9})?) ?([KMGT]i?)?B?", re.ASCII)
+_LEAST_MEMORY, _MOST_MEMORY = 1024**2, 1024**5
+
+
+def _bytes(value: Any) -> int | None:
+    """Bytes of a number or of text like 512MB (10^6) or 1.5 GiB (2^30).
+
+    Raises: ValueError.
+    """
+    if value is None or _is_int(value):
+        return value  # type: ignore[no-any-return]
+    match = _SIZE.fullmatch(value) if isinstance(value, str) else None
+    if match is None:
+        raise ValueError(value)
+    unit = match[2] or ""
+    base = 1024 if unit.endswith("i") else 1000
+    return int(float(match[1]) * base ** " KMGT".index(unit[:1] or " "))
+
+
+def _is_memory(value: Any) -> bool:
+    try:
+        size = _bytes(value)
+    except ValueError:
+        return False
+    return size is None or _LEAST_MEMORY <= size <= _MOST_MEMORY
+
+
+OPTIONS: Mapping[str, Option] = MappingProxyType(
+    {
+        "attempts": Option(1, "an int from 1 to 10,000", lambda v: _is_int(v) and 1 <= v <= 10_000),
+        "error_time": _seconds(600),
+        "backoff": Option(1, "a number from 1 to 100", lambda v: _is_number(v) and 1 <= v <= 100),
+        "error_time_max": _seconds(86400),
+        "jitter": Option(0, "a number from 0 to 1", lambda v: _is_number(v) and 0 <= v <= 1),
+        "defer_time": _seconds(300),
+        "defer_max": _seconds(3600),
+        "zombie_time": _seconds(1800),
+        "wall_time": _seconds(None, nullable=True),
+        "zombie_action": _choice("flag", "kill"),
+        "wall_action": _choice("flag", "kill"),
+        "timeout": _seconds(None, nullable=True),
+        "memory_limit": Option(
+            None, "bytes, or text like 512MB or 2 GiB, from 1 MiB to 1 PiB, or null", _is_memory, _bytes
+        ),
+        "progress_interval": _seconds(5),
+        "max_parallel": Option(
+            15, "an int above 0, or null", lambda v: v is None or (_is_int(v) and 0 < v <= 2**31)
+        ),
+        "max_running": Option(
+            None, "an int from 1 to 1,000, or null", lambda v: v is None or (_is_int(v) and 1 <= v <= 1000)
+        ),
+        "max_running_key": Option(
+            None,
+            "1 to 200 printable characters, or null",
+            lambda v: v is None or (isinstance(v, str) and 0 < len(v) <= 200 and v.isprintable()),
+        ),
+        "priority": Option(
+            0,
+            f"an int from -{PRIORITY_LIMIT} to {PRIORITY_LIMIT}",
+            lambda v: _is_int(v) and -PRIORITY_LIMIT <= v <= PRIORITY_LIMIT,
+        ),
+        "force": Option(False, "true or false", lambda v: isinstance(v, bool)),
+        "worker": Option(
+            None,
+            "a worker's name like worker@host (1 to 200 characters), or null",
+            lambda v: v is None or (isinstance(v, str) and 0 < len(v) <= 200 and v.isprintable()),
+        ),
+    }
+)
+
+DEFAULTS: Mapping[str, Any] = MappingProxyType({name: option.default for name, option in OPTIONS.items()})
+
+
+def problem(name: str, value: Any) -> str | None:
+    """Why `value` is not accepted for the option `name`; None if it is."""
+    option = OPTIONS[name]
+    if option.check(value):
+        return None
+    return f"{name} is {value!r:.100}, expected {option.accepts}"
+
+
+def stored(values: Mapping[str, Any]) -> dict[str, Any]:
+    """All options as a document has them: accepted values, defaults for what is not among them."""
+    return {name: option.stored(values.get(name, option.default)) for name, option in OPTIONS.items()}

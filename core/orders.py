@@ -1,0 +1,71 @@
+"""From what somebody asks for and what a worker has published to an order for the queue. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from core4.errors import BadArguments, TooLarge
+from core4.jobs import JobOrder, canonical
+from core4.options import OPTIONS, problem
+from core4.schemas import json_problems
+from core4.signatures import check
+
+
+def make_order(
+    entry: Mapping[str, Any],
+    args: Mapping[str, Any],
+    *,
+    args_cap: int,
+    options: Mapping[str, Any] | None = None,
+    namespace: str | None = None,
+    **who: Any,
+) -> JobOrder:
+    """The order of a job that the catalogue has as `entry`.
+
+    Args:
+        args: arguments; as in core4, the name of an option that is no parameter of the job is that option.
+        args_cap: bytes that the arguments may have as JSON.
+        options: options beside the arguments; they win.
+        who: the fields of a `JobOrder` that say who asks.
+
+    Raises: BadArguments, TooLarge.
+    """
+    given, job_args = _split(entry, args)
+    check_args(entry, job_args, args_cap)
+    return JobOrder(
+        name=entry["_id"],
+        args=job_args,
+        namespace=namespace or entry.get("namespace") or "DEFAULT",
+        options={**(entry.get("options") or {}), **given, **(options or {})},
+        unique=entry.get("unique", True),
+        keep_stopped=entry.get("kind", "class") == "class",
+        **who,
+    )
+
+
+def _split(entry: Mapping[str, Any], args: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    parameters = (entry.get("schema") or {}).get("properties", {})
+    options, job_args = {}, {}
+    for name, value in args.items():
+        if name not in OPTIONS or name in parameters:
+            job_args[name] = value
+        elif complaint := problem(name, value):
+            raise BadArguments([{"pointer": f"/{name}", "message": complaint}])
+        else:
+            options[name] = value
+    return options, job_args
+
+
+def check_args(entry: Mapping[str, Any], args: Mapping[str, Any], cap: int) -> None:
+    """Whether the job that the catalogue has as `entry` takes these arguments.
+
+    Raises: BadArguments, TooLarge.
+    """
+    if errors := json_problems(args):
+        raise BadArguments(errors)
+    size = len(canonical(args))
+    if size > cap:
+        raise TooLarge(f"the arguments have {size} bytes, {cap} are accepted; pass a reference instead")
+    if errors := check(entry.get("schema") or {}, args):
+        raise BadArguments(errors)

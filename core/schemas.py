@@ -1,0 +1,397 @@
+"""What requests may say: one marshmallow schema each, loading to checked values.
+
+Values come as JSON types from a body or as text from a query string; both are read by the same fields,
+with core4's words for what is wrong.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar
+
+from marshmallow import RAISE, Schema, ValidationError, fields, validate, validates_schema
+
+from core4 import timetable
+from core4.errors import JobInvalid
+from core4.filters import SEARCH, storable
+from core4.jobs import NAMESPACE
+from core4.options import OPTIONS, problem
+from core4.permissions import NAME_LIMIT
+
+SCOPES = ("everything", "namespace", "job", "project", "worker")  # what can be paused
+DEPTH = 32  # levels of lists and objects in arguments
+_INT64 = 2**63
+_PAGE_LIMIT = 2**31
+_TRUE, _FALSE = (
+    frozenset({"yes", "y", "on", "1", "true", "t"}),
+    frozenset({"no", "n", "off", "0", "false", "f"}),
+)
+_INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
+
+
+class _Typed(fields.Field[Any]):
+    """A value of one type, with core4's text if it is not."""
+
+    as_type: ClassVar[str]
+
+    def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> Any:
+        try:
+            return self.read(value)
+        except (TypeError, ValueError, RecursionError):
+            raise ValidationError(f"parameter [{attr}] expected as_type [{self.as_type}]") from None
+
+    def read(self, value: Any) -> Any:
+        """The value. Raises: TypeError, ValueError."""
+        raise NotImplementedError
+
+
+class Int(_Typed):
+    """A whole number, or its digits."""
+
+    as_type = "int"
+
+    def read(self, value: Any) -> int:
+        if isinstance(value, str) and _INTEGER.fullmatch(value.strip()):
+            return int(value)
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+        raise ValueError
+
+
+class Bool(_Typed):
+    """True or false, or one of core4's words for it."""
+
+    as_type = "bool"
+
+    def read(self, value: Any) -> bool:
+        if isinstance(value, bool):
+            return value
+        word = str(value).lower() if isinstance(value, str | int) else ""
+        if word not in _TRUE | _FALSE:
+            raise ValueError
+        return word in _TRUE
+
+
+class AnyText(_Typed):
+    """A text, whatever its characters."""
+
+    as_type = "str"
+
+    def read(self, value: Any) -> str:
+        if not isinstance(value, str):
+            raise TypeError
+        return value
+
+
+class Text(AnyText):
+    """A text that can be stored."""
+
+    def read(self, value: Any) -> str:
+        text = super().read(value)
+        if not storable(text):
+            raise ValueError
+        return text
+
+
+class Dict(_Typed):
+    """An object, or its JSON text."""
+
+    as_type = "dict"
+
+    def read(self, value: Any) -> dict[str, Any]:
+        value = json.loads(value) if isinstance(value, str) else value
+        if not isinstance(value, dict):
+            raise TypeError
+        return value
+
+
+class List(_Typed):
+    """A list, or its JSON text."""
+
+    as_type = "list"
+
+    def read(self, value: Any) -> list[Any]:
+        value = json.loads(value) if isinstance(value, str) else value
+        if not isinstance(value, list):
+            raise TypeError
+        return value
+
+
+class OptionValue(fields.Field[Any]):
+    """The value of a job's option, checked by the one table of options."""
+
+    def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> Any:
+        assert attr is not None
+        if isinstance(value, str) and attr not in ("worker", "max_running_key"):
+            value = _from_text(value, is_bool=isinstance(OPTIONS[attr].default, bool))
+        complaint = problem(attr, value)
+        if complaint:
+            raise ValidationError(f"parameter [{attr}]: {complaint}")
+        return value
+
+
+def _from_text(text: str, *, is_bool: bool) -> Any:
+    try:
+        return Bool().read(text) if is_bool else json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+
+
+def _name(value: str) -> None:
+    if not 0 < len(value) <= NAME_LIMIT or not value.isprintable():
+        raise ValidationError(f"parameter [qual_name] expected 1 to {NAME_LIMIT} printable characters")
+
+
+def _namespace(value: str) -> None:
+    if not NAMESPACE.fullmatch(value):
+        raise ValidationError("parameter [namespace] expected 1 to 100 of A-Z a-z 0-9 _ -")
+
+
+def _scope(value: str) -> None:
+    if value not in SCOPES:
+        raise ValidationError(f"parameter [scope] expected one of {', '.join(SCOPES)}")
+
+
+def _target(value: str) -> None:
+    if len(value) > NAME_LIMIT or not value.isprintable():
+        raise ValidationError(f"parameter [target] expected at most {NAME_LIMIT} printable characters")
+
+
+def _reason(value: str) -> None:
+    if len(value) > 500:
+        raise ValidationError("parameter [reason] expected at most 500 characters")
+
+
+def _within(name: str, least: int, most: int) -> Callable[[int], None]:
+    def check(value: int) -> None:
+        if not least <= value <= most:
+            raise ValidationError(f"parameter [{name}] expected a number from {least} to {most}")
+
+    return check
+
+
+def _schedule_fields(names: list[Any]) -> None:
+    for name in names:
+        if not isinstance(name, str) or name not in timetable.FIELDS:
+            raise ValidationError(f"parameter [fields] expected some of {', '.join(timetable.FIELDS)}")
+
+
+class Arguments(Schema):
+    """Base of all: an argument that a request does not know is an error that names it."""
+
+    class Meta:
+        unknown = RAISE
+
+    error_messages = {"unknown": "unknown argument"}  # noqa: RUF012 - as marshmallow declares it
+
+
+def _required(field: type[fields.Field[Any]], **options: Any) -> fields.Field[Any]:
+    return field(required=True, error_messages={"required": "Missing argument"}, **options)
+
+
+class NoArguments(Arguments):
+    """A request without arguments."""
+
+
+class PageArguments(Arguments):
+    """Which rows of a listing."""
+
+    page = Int(load_default=0, validate=_within("page", -_PAGE_LIMIT, _PAGE_LIMIT))
+    per_page = Int(load_default=10, validate=_within("per_page", 1, 500))
+    filter = Dict(load_default=dict)
+    sort = List(load_default=lambda: [["_id", 1]])
+
+
+class SearchArguments(PageArguments):
+    """Which rows, by name too."""
+
+    search = Text(
+        load_default="", validate=validate.Length(max=SEARCH, error="parameter [search] is too long")
+    )
+
+
+class EnqueueArguments(Arguments):
+    """What to enqueue; the options of the job stand beside the rest."""
+
+    qual_name = _required(Text, validate=_name)
+    args = Dict(load_default=dict)
+    follow = Bool(load_default=True)
+    namespace = Text(validate=_namespace)
+
+    # marshmallow's own way to add the rows of a table to the fields written above.
+    class Meta(Arguments.Meta):
+        include: ClassVar[dict[str, fields.Field[Any]]] = {
+            name: OptionValue(allow_none=option.check(None)) for name, option in OPTIONS.items()
+        }
+
+
+class ScheduleValue(fields.Field[Any]):
+    """The value of a schedule's field, checked by the one table of them."""
+
+    def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> Any:
+        assert attr is not None
+        if isinstance(value, str) and attr not in _SCHEDULE_TEXTS:
+            value = _from_text(value, is_bool=attr == "enabled")
+        try:
+            return timetable.checked({attr: value})[attr]
+        except JobInvalid as error:
+            raise ValidationError(f"parameter [{attr}]: {error.detail}") from None
+
+
+_SCHEDULE_TEXTS = ("qual_name", "expression", "zone", "namespace", "missed")
+
+
+class ScheduleArguments(Arguments):
+    """What an operator says of a schedule; what is left out stays as it is."""
+
+    class Meta(Arguments.Meta):
+        include: ClassVar[dict[str, fields.Field[Any]]] = {
+            name: ScheduleValue(allow_none=name in ("namespace", "max_age")) for name in timetable.FIELDS
+        }
+
+
+class SchedulesArguments(SearchArguments):
+    """Which schedules, and how many of their next times (`count`)."""
+
+    count = Int(load_default=5, validate=_within("count", 0, 100))
+
+
+class NextArguments(Arguments):
+    """How many of the next times."""
+
+    count = Int(load_default=5, validate=_within("count", 0, 100))
+
+
+class PreviewArguments(NextArguments):
+    """The expression and the zone to try."""
+
+    expression = _required(ScheduleValue)
+    zone = ScheduleValue(load_default="UTC")
+
+
+class ResetArguments(Arguments):
+    """The fields that the code is to decide again; all if none is named."""
+
+    # Not as an attribute: a schema has one of this name.
+    class Meta(Arguments.Meta):
+        include: ClassVar[dict[str, fields.Field[Any]]] = {
+            "fields": List(load_default=list, validate=_schedule_fields)
+        }
+
+
+class PauseTarget(Arguments):
+    """What is paused: everything, or one namespace, job, project (first part of names) or worker@host."""
+
+    scope = Text(load_default="everything", validate=_scope)
+    target = Text(load_default="", validate=_target)
+
+    @validates_schema
+    def _fits(self, data: Mapping[str, Any], **_: Any) -> None:
+        scope, target = data["scope"], data["target"]
+        if (scope == "everything") != (target == ""):
+            raise ValidationError(f"parameter [target] expected the name of the {scope}", "target")
+        if scope == "project" and "." in target:
+            raise ValidationError("parameter [target]: a project is the first part of a name", "target")
+
+
+class PauseArguments(PauseTarget):
+    """What to pause and why."""
+
+    reason = Text(load_default=None, allow_none=True, validate=_reason)
+
+
+class HaltArguments(Arguments):
+    """Why."""
+
+    reason = Text(load_default=None, allow_none=True, validate=_reason)
+
+
+class FollowedArguments(Arguments):
+    """Whether the answer is a stream."""
+
+    follow = Bool(load_default=True)
+
+
+class StreamArguments(Arguments):
+    """A stream: `follow` is accepted because core4 does; the ticket is for browsers."""
+
+    follow = Bool(load_default=True)
+    last_event_id = Text(load_default="")
+    ticket = Text(load_default="")
+
+
+class LogArguments(PageArguments):
+    """Lines of a log: a page of them or the stream."""
+
+    follow = Bool(load_default=False)
+    last_event_id = Text(load_default="")
+    ticket = Text(load_default="")
+
+
+class LoginArguments(Arguments):
+    """Credentials in a body; without them those of the header count."""
+
+    username = AnyText()
+    password = AnyText()
+
+
+# ---------------------------------------------------------------------- values of arguments
+
+
+def json_problems(value: Any) -> list[dict[str, str]]:
+    """What in a JSON value cannot be stored, as pointers and messages; at most ten."""
+    found: list[dict[str, str]] = []
+    stack: list[tuple[str, Any, int]] = [("", value, 1)]
+    while stack and len(found) < 10:
+        pointer, item, depth = stack.pop()
+        message = _complaint(item, depth)
+        if message:
+            found.append({"pointer": pointer, "message": message})
+        else:
+            stack.extend((f"{pointer}/{key}", child, depth + 1) for key, child in _children(item))
+    return found
+
+
+def _children(item: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(item, Mapping):
+        for key, child in item.items():
+            yield escape_pointer(key), child
+    elif isinstance(item, list):
+        for index, child in enumerate(item):
+            yield str(index), child
+
+
+def escape_pointer(key: str) -> str:
+    """One step of a JSON pointer (RFC 6901), printable whatever the key holds."""
+    readable = key.encode("utf-8", "backslashreplace").decode().replace("\0", "\\u0000")
+    return readable.replace("~", "~0").replace("/", "~1")
+
+
+def _complaint(item: Any, depth: int) -> str | None:
+    if isinstance(item, Mapping | list) and depth > DEPTH:
+        return f"nested deeper than {DEPTH} levels"
+    if isinstance(item, Mapping):
+        return next((message for key in item if (message := _key_complaint(key))), None)
+    if isinstance(item, float) and not math.isfinite(item):
+        return "not a finite number"
+    if isinstance(item, int) and not -_INT64 <= item < _INT64:
+        return "not a number of 64 bits"
+    if isinstance(item, str) and not _encodable(item):
+        return "has half of a surrogate pair"
+    return None
+
+
+def _key_complaint(key: str) -> str | None:
+    if not storable(key):
+        return "a name has NUL or half of a surrogate pair"
+    if key.startswith("$"):
+        # Drivers turn objects with `$ref` and the like into values that are no JSON any more.
+        return f"the name {key[:100]!r} begins with `$`"
+    return None
+
+
+def _encodable(text: str) -> bool:
+    return not any("\ud800" <= char <= "\udfff" for char in text)

@@ -1,0 +1,432 @@
+"""What each move writes: one job document and a wish in, one update out. Pure.
+
+`JobQueue` writes a `Change` only to the document it was made for, so a change may rely on all it saw.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime, timedelta
+from typing import Any
+
+from bson import ObjectId
+
+from core4 import jobs
+from core4.errors import Conflict, JobNotFound, LeaseLost
+from core4.jobs import HISTORY_LIMIT, Job, Lease, Owner, utcnow
+from core4.retries import Outcome, decide
+from core4.states import FINAL, Flag, State
+
+LINE = ("due", "held", "query_at", "expires")  # what makes a job wait, and for what
+HOLD = ("lease", "slot")  # what the holder of a running job has
+ERROR_TEXT, TRACEBACK_TEXT = 16_384, 131_072  # characters kept of an exception and its traceback
+
+
+@dataclass(frozen=True)
+class Change:
+    """One update of one job document: the move it makes and the fields it writes."""
+
+    move: str
+    set: Mapping[str, Any] = field(default_factory=dict)
+    unset: Collection[str] = ()
+    entry: Mapping[str, Any] | None = None
+
+
+def lease_of(job: Job) -> Lease:
+    if job.lease is None:
+        raise LeaseLost(job.id, None)
+    return job.lease
+
+
+def require(seen: Job, lease: Lease) -> None:
+    if seen.state is not State.RUNNING or not seen.held_by(lease.id):
+        raise LeaseLost(seen.id, lease.id)
+
+
+def entry(
+    seen: Job,
+    state: State,
+    *,
+    reason: str | None = None,
+    by: str | None = None,
+    lease: str | None = None,
+    log_seq: int | None = None,
+) -> dict[str, Any]:
+    """The history entry of the update that follows `seen`."""
+    return jobs.entry(
+        seen.rev + 1,
+        state,
+        attempt=seen.trial,
+        at=utcnow(),
+        worker=(seen.document.get("locked") or {}).get("worker"),
+        reason=reason,
+        lease=lease,
+        log_seq=seen.log_seq if log_seq is None else log_seq,
+        by=by,
+    )
+
+
+def claim(seen: Job, owner: Owner) -> Change:
+    """`owner` takes a waiting job under a lease of its own making."""
+    now = utcnow()
+    lease = Lease(uuid.uuid4().hex, owner.id, now)
+    note = jobs.entry(
+        seen.rev + 1,
+        State.RUNNING,
+        attempt=seen.trial + 1,
+        at=now,
+        worker=owner.worker,
+        lease=lease.id,
+        log_seq=seen.log_seq,
+    )
+    fields = {
+        "state": State.RUNNING.value,
+        "lease": asdict(lease),
+        "fence": seen.fence + 1,
+        "claims": seen.claims + 1,
+        "locked": _locked(owner, now),
+    }
+    return Change("claim", fields, unset=LINE, entry=note)
+
+
+def claim_pipeline(owner: Owner) -> list[dict[str, Any]]:
+    """The same change as `claim`, for a document nobody has read yet."""
+    now = utcnow()
+    lease = Lease(uuid.uuid4().hex, owner.id, now)
+    note = jobs.entry(0, State.RUNNING, attempt=0, at=now, worker=owner.worker, lease=lease.id)
+    computed = {
+        **{key: {"$literal": value} for key, value in note.items()},
+        "rev": {"$add": ["$rev", 1]},
+        "attempt": {"$add": ["$trial", 1]},
+        "log_seq": "$log_seq",
+    }
+    fields = {
+        "state": State.RUNNING.value,
+        "lease": {"$literal": asdict(lease)},
+        "locked": {"$literal": _locked(owner, now)},
+        "fence": {"$add": ["$fence", 1]},
+        "claims": {"$add": ["$claims", 1]},
+        "rev": {"$add": ["$rev", 1]},
+        "history": {"$slice": [{"$concatArrays": ["$history", [computed]]}, -HISTORY_LIMIT]},
+    }
+    return [{"$set": fields}, {"$unset": list(LINE)}]
+
+
+def _locked(owner: Owner, now: datetime) -> dict[str, Any]:
+    """What core4's readers know of the holder."""
+    return {"at": now, "heartbeat": now, "hostname": owner.hostname, "pid": None, "worker": owner.worker}
+
+
+def start(seen: Job, lease: Lease, pid: int | None) -> Change | None:
+    """The attempt begins; None if it has begun under this lease before."""
+    require(seen, lease)
+    if seen.claims == 0:
+        return None  # an earlier call did it and its reply was lost
+    now = utcnow()
+    fields = {
+        "started_at": now,
+        "trial": seen.trial + 1,
+        "claims": 0,
+        "locked.pid": pid,
+        "locked.heartbeat": now,
+        "inactive_at": seen.inactive_at or now + timedelta(seconds=seen.defer_max),
+    }
+    return Change("start", fields)
+
+
+def flag(seen: Job, lease: Lease, what: Flag, reason: str) -> Change | None:
+    """The holder notes that its job is overdue; None if that has been noted, in an earlier attempt even."""
+    require(seen, lease)
+    if seen.document.get(f"{what}_at") is not None:
+        return None
+    note = entry(seen, State.RUNNING, reason=reason)
+    return Change(f"flag_{what}", {f"{what}_at": utcnow()}, entry=note)
+
+
+def finish(seen: Job, lease: Lease, outcome: Outcome, log_seq: int) -> Change | None:
+    """The holder records how its attempt ended; None if it has done so before."""
+    if seen.written_by(lease.id):
+        return None  # an earlier call did it and its reply was lost
+    require(seen, lease)
+    now = utcnow()
+    decision = decide(seen, outcome, now)
+    if decision.state is State.KILLED:
+        change = killed(seen, "finish", by=None, lease=lease.id, reason=outcome.exception)
+        return _with_log(change, log_seq)
+    fields: dict[str, Any] = {
+        "state": decision.state.value,
+        "attempts_left": decision.attempts_left,
+        "finished_at": now,
+        "runtime": seen.runtime + _elapsed(seen, now),
+        "locked": None,
+        "error_cat": outcome.error_cat,
+    }
+    unset = [*HOLD]
+    if decision.state is State.COMPLETE:
+        fields |= {"result": outcome.result, "prog": {"value": 1.0, "message": ""}}
+        unset.append("unique_key")
+    else:
+        fields["last_error"] = _last_error(outcome, now)
+    if decision.query_at is not None:
+        fields["query_at"] = decision.query_at
+        fields |= {"held": "worker"} if seen.worker else {}
+    if decision.state is State.DEFERRED:
+        fields["expires"] = seen.inactive_at
+    fields |= _to_settle(seen, decision.state)
+    note = entry(seen, decision.state, reason=_reason(outcome), lease=lease.id)
+    return _with_log(Change("finish", fields, unset=unset, entry=note), log_seq)
+
+
+def _with_log(change: Change, log_seq: int) -> Change:
+    assert change.entry is not None
+    return replace(change, set={**change.set, "log_seq": log_seq}, entry={**change.entry, "log_seq": log_seq})
+
+
+def killed(
+    seen: Job, move: str, *, by: str | None, lease: str | None = None, reason: str | None = None
+) -> Change:
+    """The job ends as killed, whether it waited or ran."""
+    now = utcnow()
+    error = Outcome.killed(reason or (f"killed by {by}" if by else "killed on request"))
+    fields = {**ended(seen, State.KILLED), "last_error": _last_error(error, now)}
+    if seen.killed_at is None:
+        fields["killed_at"] = now
+    if seen.state is State.RUNNING:
+        fields["runtime"] = seen.runtime + _elapsed(seen, now)
+    note = entry(seen, State.KILLED, reason=error.exception, by=by, lease=lease)
+    # A restart that was asked for meanwhile hands the place in the queue to the child.
+    handed = ("unique_key",) if seen.document.get("outbox") else ()
+    return Change(move, fields, unset=(*HOLD, *LINE, *handed), entry=note)
+
+
+def ended(seen: Job, state: State) -> dict[str, Any]:
+    """The fields of any final state but complete."""
+    return {"state": state.value, "finished_at": utcnow(), "locked": None, **_to_settle(seen, state)}
+
+
+def _to_settle(seen: Job, state: State) -> dict[str, Any]:
+    after = {**seen.document, "state": state.value}
+    if state in FINAL and (after.get("outbox") or _document_leaves(after)):
+        return {"settle": True}
+    return {}
+
+
+def leaves(job: Job) -> bool:
+    """True if the job has no place in the queue any more."""
+    return _document_leaves(job.document)
+
+
+def _document_leaves(document: Mapping[str, Any]) -> bool:
+    if document.get("removed_at"):
+        return State(document["state"]) is not State.RUNNING
+    if document["state"] not in FINAL:
+        return False
+    stays = document["state"] != State.COMPLETE and document.get("keep_stopped", True)
+    return not stays or document["enqueued"].get("child_id") is not None
+
+
+def back_in_line(seen: Job, move: str, reason: str, *, query_at: datetime | None) -> Change:
+    """A held job waits again; `attempts_left` is not touched."""
+    fields: dict[str, Any] = {"state": State.PENDING.value, "locked": None}
+    if seen.worker:
+        fields["held"] = "worker"
+    if query_at is not None:
+        fields["query_at"] = query_at
+    elif not seen.worker:
+        fields["due"] = True
+    fields["log_seq"] = _last_seq(seen)
+    # No lease on this entry: only the holder's own outcome carries one, see Job.written_by.
+    note = entry(seen, State.PENDING, reason=reason, log_seq=fields["log_seq"])
+    return Change(move, fields, unset=HOLD, entry=note)
+
+
+def release(seen: Job, lease: Lease, reason: str, delay: float) -> Change:
+    """The holder gives the job back, uncharged."""
+    require(seen, lease)
+    if seen.killed_at is not None:
+        return _with_log(killed(seen, "release", by=None, lease=lease.id), _last_seq(seen))
+    query_at = utcnow() + timedelta(seconds=delay) if delay > 0 else None
+    change = back_in_line(seen, "release", reason, query_at=query_at)
+    # A release before the start is the worker's doing, not a claim that went wrong.
+    return replace(change, set={**change.set, "claims": max(seen.claims - 1, 0)})
+
+
+def take_slot(seen: Job, lease: Lease, slot: str) -> Change:
+    """The claimant takes one of the job's slots; the unique index refuses one that is taken."""
+    require(seen, lease)
+    return Change("take_slot", {"slot": slot})
+
+
+def wake(seen: Job) -> Change:
+    """A slot has become free: the first that was held for one is in line again."""
+    fields: dict[str, Any] = {"held": "worker"} if seen.worker else {"due": True}
+    note = entry(seen, seen.state, reason="a slot is free")
+    return Change("wake", fields, unset=() if seen.worker else ("held",), entry=note)
+
+
+def put_aside(seen: Job, lease: Lease, held: str) -> Change:
+    """The claimant takes the job out of the line, uncharged, until whoever frees it puts it back."""
+    change = release(seen, lease, f"held: {held}", 0.0)
+    if change.set["state"] != State.PENDING:
+        return change  # killed meanwhile
+    fields = {name: value for name, value in change.set.items() if name != "due"}
+    return replace(change, move="put_aside", set={**fields, "held": held})
+
+
+def kill(seen: Job, by: str) -> Change | None:
+    """End what nobody runs, flag what runs; None if that has been done."""
+    if seen.state is State.KILLED or (seen.state is State.RUNNING and seen.killed_at):
+        return None
+    if seen.state in FINAL or seen.removed_at:
+        raise _refused(seen, "is {state} already")
+    if seen.state is State.RUNNING:
+        note = entry(seen, State.RUNNING, reason="kill requested", by=by)
+        return Change("flag_kill", {"killed_at": utcnow()}, entry=note)
+    return killed(seen, "kill", by=by)
+
+
+def remove(seen: Job, by: str) -> Change:
+    """Out of the queue, or as soon as the kill under way is done."""
+    if seen.journal or seen.removed_at or seen.state is State.COMPLETE:
+        raise JobNotFound(seen.id, f"job [{seen.id}] is not in the queue any more; see the journal")
+    note = entry(seen, seen.state, reason="removed", by=by)
+    if seen.state is not State.RUNNING:
+        return Change(
+            "remove", {"removed_at": utcnow(), "settle": True}, unset=(*LINE, "unique_key"), entry=note
+        )
+    if seen.killed_at is None:
+        raise _refused(seen, "is running: kill it first")
+    return Change("wish_remove", {"removed_at": utcnow()}, entry=note)
+
+
+def expire(seen: Job) -> Change:
+    """A deferred job past its window."""
+    note = entry(seen, State.INACTIVE, reason="deferred past its window")
+    return Change("expire", ended(seen, State.INACTIVE), unset=LINE, entry=note)
+
+
+def rescue(seen: Job, max_crashes: int, max_claims: int) -> Change:
+    """What becomes of a job whose worker is dead: back in line, or error for what kills its workers."""
+    if seen.killed_at is not None:
+        return _with_log(killed(seen, "rescue", by=None), _last_seq(seen))
+    started = seen.claims == 0
+    crashes = seen.crashes + started
+    if crashes < max_crashes and seen.claims < max_claims:
+        query_at = utcnow() + timedelta(seconds=min(2**crashes, 60)) if started else None
+        change = back_in_line(seen, "rescue", "worker lost", query_at=query_at)
+        return replace(change, set={**change.set, "crashes": crashes})
+    reason = (
+        f"poison: {crashes} workers were lost while they ran it"
+        if started
+        else f"claimed {seen.claims} times and never started"
+    )
+    outcome = Outcome.crashed(reason)
+    fields = {
+        **ended(seen, State.ERROR),
+        "crashes": crashes,
+        "error_cat": outcome.error_cat,
+        "last_error": _last_error(outcome, utcnow()),
+    }
+    note = entry(seen, State.ERROR, reason=reason)
+    return _with_log(Change("rescue", fields, unset=(*HOLD, *LINE), entry=note), _last_seq(seen))
+
+
+def _last_seq(seen: Job) -> int:
+    """A bound behind the lines of an attempt that did not count them: all its fence allows."""
+    return jobs.first_seq(seen.fence + 1) - 2
+
+
+def retry_now(seen: Job, by: str) -> Change:
+    """A job that waits for its next attempt is due now."""
+    fields: dict[str, Any] = {"held": "worker"} if seen.worker else {"due": True}
+    note = entry(seen, seen.state, reason="restarted: due now", by=by)
+    return Change("retry", fields, unset=("query_at",), entry=note)
+
+
+def require_ended(seen: Job) -> None:
+    """Only what has ended, or is being killed, can be restarted.
+
+    Raises: Conflict for a job that waits, runs or was removed before it ran.
+    """
+    killing = seen.state is State.RUNNING and seen.killed_at is not None
+    if seen.state not in FINAL and not killing:
+        raise _refused(seen, "is {state}: there is nothing to restart")
+
+
+def _refused(seen: Job, text: str) -> Conflict:
+    state = "removed" if seen.removed_at and seen.state not in FINAL else seen.state.value
+    return Conflict(f"job [{seen.id}] " + text.format(state=state), job_id=str(seen.id), state=state)
+
+
+def link(seen: Job, child_id: ObjectId, by: str, hostname: str, *, wish: bool) -> Change:
+    """Name the child on its parent, and note it for whoever settles the parent."""
+    note = {"edge": "restart", "child_id": child_id, "by": by, "hostname": hostname}
+    fields = {
+        "enqueued.child_id": child_id,
+        "restarts": seen.document.get("restarts", 0) + 1,
+        # A wish is acknowledged before the child is made: then it has to be made.
+        "outbox": [{**note, "promised": True} if wish else note],
+    }
+    line = entry(seen, seen.state, reason=f"restarted as {child_id}", by=by)
+    if wish:
+        return Change("wish_restart", fields, entry=line)
+    return Change("restart", {**fields, "settle": True}, unset=("unique_key",), entry=line)
+
+
+def settled(job: Job, *, unlink: bool) -> Change:
+    """The outbox is done; `unlink` takes a child back that could not be made.
+
+    `settle` stays while the job has to leave the queue: a crash before the move is then repaired.
+    """
+    unset = ["outbox"]
+    document = dict(job.document)
+    if unlink:
+        unset.append("enqueued.child_id")
+        document["enqueued"] = {k: v for k, v in document["enqueued"].items() if k != "child_id"}
+    if job.journal or not _document_leaves(document):
+        unset.append("settle")
+    return Change("settle", unset=unset)
+
+
+def applied(document: Mapping[str, Any], change: Change, rev: int) -> dict[str, Any]:
+    """The document after `change`, as the database has it now."""
+    after = dict(document)
+    for path, value in change.set.items():
+        head, _, tail = path.partition(".")
+        after[head] = {**(after.get(head) or {}), tail: value} if tail else value
+    for path in change.unset:
+        head, _, tail = path.partition(".")
+        if tail:
+            after[head] = {k: v for k, v in (after.get(head) or {}).items() if k != tail}
+        else:
+            after.pop(head, None)
+    if change.entry is not None:
+        after["history"] = [*after.get("history", ()), change.entry][-HISTORY_LIMIT:]
+    after["rev"] = rev
+    return after
+
+
+def _last_error(outcome: Outcome, now: datetime) -> dict[str, Any]:
+    lines: list[str] | None = None
+    if outcome.traceback is not None:
+        lines = [clean(line) for line in outcome.traceback]
+        while lines and sum(map(len, lines)) > TRACEBACK_TEXT:
+            del lines[len(lines) // 2]
+    text = clean(outcome.exception or "")[:ERROR_TEXT]
+    return {"exception": text, "timestamp": now, "traceback": lines}
+
+
+def clean(text: str) -> str:
+    """Text that can be stored: lone surrogates are escaped."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _reason(outcome: Outcome) -> str | None:
+    return clean(outcome.exception or "")[:500] or None
+
+
+def _elapsed(seen: Job, now: datetime) -> float:
+    started = seen.started_at if seen.claims == 0 else None
+    return max((now - started).total_seconds(), 0.0) if started else 0.0
