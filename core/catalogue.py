@@ -1,0 +1,88 @@
+"""What can be enqueued: published by the workers, read by everybody else."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from pymongo.errors import DuplicateKeyError
+
+from core4.database import Database, Document
+from core4.jobs import utcnow
+from core4.queues import Page
+
+CATALOGUE = "sys.job"
+
+
+class Catalogue:
+    """The only writer of `sys.job`; `_id` is the qual_name. The newest publication stands."""
+
+    def __init__(self, database: Database) -> None:
+        self._jobs = database.collection(CATALOGUE)
+
+    async def publish(self, entries: Sequence[Mapping[str, Any]]) -> None:
+        """Store what a worker can run: entries as `core4.discovery.describe` makes them."""
+        for entry in entries:
+            await self._publish({**entry})
+
+    async def _publish(self, entry: Document) -> None:
+        name = entry.pop("_id")
+        known = await self._jobs.find_one({"_id": name})
+        if known is not None and all(known.get(key) == value for key, value in entry.items()):
+            return
+        now = utcnow()
+        for _ in range(2):
+            try:
+                await self._jobs.update_one(
+                    {"_id": name},
+                    {"$set": {**entry, "updated_at": now}, "$setOnInsert": {"created_at": now}},
+                    upsert=True,
+                )
+                return
+            except DuplicateKeyError:
+                continue  # another worker published it first: now it is an update
+
+    async def get(self, name: str) -> Document | None:
+        """The entry of this qual_name."""
+        return await self._jobs.find_one({"_id": name})
+
+    async def all(self) -> list[Document]:
+        """Every entry, by name."""
+        return sorted(await self._jobs.find({}).to_list(None), key=lambda entry: str(entry["_id"]))
+
+    async def page(
+        self,
+        *,
+        allowed: Callable[[str], bool],
+        where: Callable[[Document], bool] = lambda entry: True,
+        search: str | None = None,
+        sort: Sequence[tuple[str, int]] = (("_id", 1),),
+        page: int = 0,
+        per_page: int = 10,
+    ) -> Page:
+        """One page of the entries that `allowed` lets through: a catalogue is small, so it is cut here."""
+        rows = [row for row in await self.all() if allowed(str(row["_id"])) and where(row)]
+        rows = [row for row in rows if not row.get("hidden") and (not search or matches(search, row["_id"]))]
+        return cut(rows, sort, page, per_page)
+
+
+def cut(rows: Sequence[Document], sort: Sequence[tuple[str, int]], page: int, per_page: int) -> Page:
+    """One page of rows that are all here."""
+    ordered = list(rows)
+    for key, direction in reversed(list(sort)):
+        ordered.sort(key=lambda row: _sortable(row.get(key)), reverse=direction < 0)
+    pages = -(-len(ordered) // per_page)
+    number = pages + page if page < 0 else page
+    found = ordered[number * per_page : (number + 1) * per_page] if 0 <= number < pages else []
+    return Page(found, len(ordered), page, per_page)
+
+
+def matches(search: str, name: str) -> bool:
+    """True if `search` occurs in `name`: no case, `?` is one character, `*` any run, the rest is literal."""
+    literal = search.replace("[", "[[]")
+    return fnmatch.fnmatchcase(name.lower(), f"*{literal.lower()}*")
+
+
+def _sortable(value: Any) -> tuple[bool, str]:
+    return value is not None, str(value)

@@ -1,0 +1,437 @@
+"""`core4 job ...`: the API's verbs for people and scripts, through the client library."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from core4.console import (
+    JSON_OPTION,
+    USAGE,
+    arguments,
+    connect,
+    echo_error,
+    echo_json,
+    json_value,
+    moment,
+    parse_time,
+    printable,
+    show_rows,
+)
+from core4.display import line_text, watch
+
+if TYPE_CHECKING:
+    from core4.client import Client, Page
+
+LEVELS = {"DEBUG": 10, "INFO": 20, "WARNING": 30, "ERROR": 40, "CRITICAL": 50}
+MOST_ROWS = 500  # of one page of the API
+STATES = ["pending", "running", "failed", "deferred", "error", "killed", "inactive", "complete"]
+
+QUEUE_COLUMNS = [
+    "_id",
+    "state",
+    "flags",
+    "progress",
+    "priority",
+    "attempt",
+    "user",
+    "enqueued",
+    "runtime",
+    "worker",
+    "qual_name",
+]
+
+
+@click.group()
+def job() -> None:
+    """Enqueue jobs, watch and control them.
+
+    \b
+    Where the API is: CORE4_URL, else the `core4 up` of this machine, else http://localhost:5001.
+    Who you are:      CORE4_USER and CORE4_PASSWORD, or CORE4_TOKEN.
+    """
+
+
+@job.command("list")
+@click.argument("search", required=False)
+@JSON_OPTION
+def list_(search: str | None, output: str) -> None:
+    """List what can be enqueued; SEARCH is a part of the name, with ? and *.
+
+    \b
+    Examples:
+      core4 job list
+      core4 job list report
+    """
+    with connect() as client:
+        rows = _all(lambda page: client.catalogue(search=search, page=page, per_page=MOST_ROWS))
+    if output == "table":
+        rows = [{**row, "doc": (row.get("doc") or "").strip().partition("\n")[0]} for row in rows]
+    show_rows(rows, ["_id", "author", "tag", "schedule", "doc"], output)
+
+
+@job.command()
+@click.argument("name")
+@click.argument("args", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("-f", "--follow", "attach", is_flag=True, help="Follow the job to its end.")
+@click.option("--namespace", help="Namespace of the workers that serve it.")
+@click.option("--priority", type=int, help="Higher runs first.")
+@click.option("--attempts", type=int, help="Executions before it ends as error.")
+@click.option("--worker", help="Only on this worker, as worker@host.")
+@click.option("--force", is_flag=True, default=None, help="Ahead of everything else.")
+@JSON_OPTION
+def enqueue(name: str, args: tuple[str, ...], attach: bool, output: str, **options: Any) -> int:
+    """Put the job NAME into the queue and print its id.
+
+    A value is read as JSON, else as text; instead of KEY=VALUE one JSON object may be given.
+
+    \b
+    Examples:
+      core4 job enqueue core4.queue.helper.job.example.DummyJob sleep=10 --follow
+      core4 job enqueue my_jobs.Report month=2026-01 top=10 --priority 5
+      core4 job enqueue my_jobs.Report '{"month": "2026-01"}'
+    """
+    given = {option: value for option, value in options.items() if value is not None}
+    with connect() as client:
+        job_id = client.enqueue(name, arguments(args), **given)
+        return _started(client, job_id, attach, output)
+
+
+@job.command()
+@click.option(
+    "--state", "states", multiple=True, type=click.Choice(STATES), help="Only these states; repeatable."
+)
+@click.option("--search", help="Part of the job's name, with ? and *.")
+@click.option("--filter", "where", help='More conditions as JSON, like {"args.month": "2026-01"}.')
+@click.option("--page", type=int, default=0, show_default=True, help="Page; -1 is the last one.")
+@click.option("--per-page", type=click.IntRange(1, MOST_ROWS), default=50, show_default=True)
+@JSON_OPTION
+def queue(output: str, **query: Any) -> None:
+    """List the jobs in the queue.
+
+    \b
+    Examples:
+      core4 job queue
+      core4 job queue --state error --state killed -o json
+    """
+    with connect() as client:
+        page = client.queue(**_query(query, sort=[["_id", 1]]))
+        counts = client.count() if output == "table" else {}
+    words = ", ".join(f"{counts[state]} {state}" for state in STATES if counts.get(state))
+    _show_jobs(page.rows, output, f"{page.total} jobs; in the queue: {words or 'nothing'}")
+
+
+@job.command()
+@click.option(
+    "--state", "states", multiple=True, type=click.Choice(STATES), help="Only these states; repeatable."
+)
+@click.option("--search", help="Part of the job's name, with ? and *.")
+@click.option("--filter", "where", help='More conditions as JSON, like {"args.month": "2026-01"}.')
+@click.option("--page", type=int, default=0, show_default=True, help="Page; -1 is the last one.")
+@click.option("--per-page", type=click.IntRange(1, MOST_ROWS), default=50, show_default=True)
+@JSON_OPTION
+def history(output: str, **query: Any) -> None:
+    """List finished and removed jobs, the last ones first.
+
+    \b
+    Examples:
+      core4 job history
+      core4 job history --state error --search report
+    """
+    with connect() as client:
+        page = client.journal(**_query(query, sort=[["_id", -1]]))
+    _show_jobs(page.rows, output, f"{page.total} jobs")
+
+
+@job.command()
+@click.argument("job_id")
+@JSON_OPTION
+def show(job_id: str, output: str) -> None:
+    """Show a job: its state, and why it still waits.
+
+    \b
+    Example:
+      core4 job show 6720f1c0a1b2c3d4e5f60718
+    """
+    with connect() as client:
+        found = client.show(job_id)
+        waiting = found.get("highstate") == "waiting" and not found.get("journal")
+        reasons = why_waiting(found, client.workers(), datetime.now(UTC)) if waiting else []
+    if output == "json":
+        echo_json({**found, "waiting": reasons})
+        return
+    rows = [{"field": name, "value": value} for name, value in _details(found).items()]
+    rows += [{"field": "waits", "value": reason} for reason in reasons]
+    show_rows(rows, ["field", "value"], output)
+
+
+@job.command()
+@click.argument("job_id")
+@click.option("--level", type=click.Choice(list(LEVELS), case_sensitive=False), help="Least level.")
+@click.option("--tail", type=click.IntRange(1), help="Only the last lines.")
+@JSON_OPTION
+def log(job_id: str, level: str | None, tail: int | None, output: str) -> None:
+    """Print the lines that a job wrote.
+
+    \b
+    Examples:
+      core4 job log 6720f1c0a1b2c3d4e5f60718 --tail 20
+      core4 job log 6720f1c0a1b2c3d4e5f60718 --level WARNING -o json
+    """
+    where = {"levelno": {"gte": LEVELS[level.upper()]}} if level else None
+    order = [["_id", -1 if tail else 1]]
+    with connect() as client:
+        lines = _all(
+            lambda page: client.log(
+                job_id, page=page, per_page=min(tail or MOST_ROWS, MOST_ROWS), filter=where, sort=order
+            ),
+            limit=tail,
+        )
+    lines = lines[::-1] if tail else lines
+    if output == "json":
+        echo_json(lines)
+        return
+    for line in lines:
+        click.echo(line_text(line))
+
+
+@job.command()
+@click.argument("job_id")
+@click.option("--after", metavar="EVENT", help="Only what comes after this event's id.")
+@JSON_OPTION
+def follow(job_id: str, after: str | None, output: str) -> int:
+    """Watch a job to its end; its outcome is the exit code. Ctrl-C detaches, the job goes on.
+
+    With -o json every event is one line of JSON.
+
+    \b
+    Example:
+      core4 job follow 6720f1c0a1b2c3d4e5f60718
+    """
+    with connect() as client:
+        return watch(client, job_id, output, after)
+
+
+@job.command()
+@click.argument("job_ids", nargs=-1, required=True, metavar="JOB_ID...")
+@JSON_OPTION
+def kill(job_ids: tuple[str, ...], output: str) -> int:
+    """End jobs, whether they wait or run.
+
+    \b
+    Example:
+      core4 job kill 6720f1c0a1b2c3d4e5f60718
+    """
+    return _each(job_ids, output, lambda client, job_id: client.kill(job_id))
+
+
+@job.command()
+@click.argument("job_ids", nargs=-1, required=True, metavar="JOB_ID...")
+@JSON_OPTION
+def remove(job_ids: tuple[str, ...], output: str) -> int:
+    """Move jobs that do not run from the queue to the journal.
+
+    \b
+    Example:
+      core4 job remove 6720f1c0a1b2c3d4e5f60718
+    """
+    return _each(job_ids, output, lambda client, job_id: client.remove(job_id))
+
+
+@job.command()
+@click.argument("job_id")
+@click.option("-f", "--follow", "attach", is_flag=True, help="Follow the new job to its end.")
+@JSON_OPTION
+def restart(job_id: str, attach: bool, output: str) -> int:
+    """Run a job again and print the id of the new one. A job that waits to be retried runs now.
+
+    \b
+    Example:
+      core4 job restart 6720f1c0a1b2c3d4e5f60718 --follow
+    """
+    with connect() as client:
+        return _started(client, client.restart(job_id), attach, output)
+
+
+@click.command("workers")
+@click.option("--all", "every", is_flag=True, help="Those that have ended, too.")
+@JSON_OPTION
+def workers(every: bool, output: str) -> None:
+    """List the workers that are up and what they serve.
+
+    \b
+    Examples:
+      core4 workers
+      core4 workers --all -o json
+    """
+    with connect() as client:
+        rows = [row for row in client.workers() if every or row["state"] in ("up", "drain")]
+    if output == "table":
+        rows = [{**row, "state": row["state"] + (", paused" if row.get("paused") else "")} for row in rows]
+    columns = "name state running slots namespaces jobs beat_age gate pid version".split()
+    show_rows(rows, columns, output)
+
+
+job.add_command(workers)
+
+
+# ---------------------------------------------------------------------- inside
+
+
+def _query(options: Mapping[str, Any], sort: Any) -> dict[str, Any]:
+    query = dict(options)
+    where = query.pop("where")
+    states = query.pop("states")
+    conditions = json_value(where) if where else {}
+    if not isinstance(conditions, dict):
+        raise click.UsageError("--filter is no JSON object")
+    if states:
+        conditions["state"] = {"in": list(states)}
+    return {**query, "filter": conditions or None, "sort": sort}
+
+
+def _all(fetch: Callable[[int], Page], limit: int | None = None) -> list[dict[str, Any]]:
+    """The rows of all pages, or the first `limit` of them."""
+    rows: list[dict[str, Any]] = []
+    for number in itertools.count():
+        page = fetch(number)
+        rows += page.rows
+        if number + 1 >= page.page_count or (limit is not None and len(rows) >= limit):
+            return rows[:limit]
+    raise AssertionError("unreachable")
+
+
+def _started(client: Client, job_id: str, attach: bool, output: str) -> int:
+    for warning in client.flash:
+        click.echo(f"Warning: {printable(warning)}", err=True)
+    if attach:
+        return watch(client, job_id, output)
+    if output == "json":
+        echo_json({"_id": job_id})
+    else:
+        click.echo(job_id)
+    return 0
+
+
+def _each(job_ids: Sequence[str], output: str, act: Callable[[Client, str], Mapping[str, Any]]) -> int:
+    """Do the same to each job; what is refused does not keep the others from it."""
+    from core4.client import ApiError
+
+    results, code = [], 0
+    with connect() as client:
+        for job_id in job_ids:
+            try:
+                results.append({"_id": job_id, **act(client, job_id)})
+            except ApiError as error:
+                if error.status == 401 or error.status >= 500:
+                    raise
+                code = USAGE
+                echo_error(f"{job_id}: {error.detail}")
+    if output == "json":
+        echo_json(results)
+    else:
+        for result in results:
+            click.echo(f"{result['_id']} {result.get('state', '')}")
+    return code
+
+
+def _show_jobs(jobs: Sequence[Mapping[str, Any]], output: str, caption: str) -> None:
+    rows = jobs if output == "json" else [{**each, **_summary(each)} for each in jobs]
+    show_rows(rows, QUEUE_COLUMNS, output, caption)
+
+
+def _summary(found: Mapping[str, Any]) -> dict[str, Any]:
+    """The cells of a job's row that are put together from several fields."""
+    enqueued, progress = found.get("enqueued") or {}, found.get("prog") or {}
+    return {
+        "flags": "".join(name[0].upper() for name, is_set in (found.get("flag") or {}).items() if is_set),
+        "progress": f"{float(progress.get('value') or 0):.0%}",
+        "priority": f"{found.get('priority') or 0}{'F' if found.get('force') else ''}",
+        "attempt": f"{found.get('trial') or 0}/{found.get('attempts') or 1}",
+        "user": enqueued.get("username"),
+        "enqueued": moment(enqueued.get("at")),
+    }
+
+
+def _details(found: Mapping[str, Any]) -> dict[str, Any]:
+    summary, error = _summary(found), found.get("last_error") or {}
+    details = {
+        "job": found["_id"],
+        "name": found["qual_name"],
+        "state": found["state"] + (" (journal)" if found.get("journal") else ""),
+        "args": found.get("args"),
+        "namespace": found.get("namespace"),
+        "progress": f"{summary['progress']} {(found.get('prog') or {}).get('message') or ''}",
+        "attempt": summary["attempt"],
+        "user": summary["user"],
+        "enqueued": summary["enqueued"],
+        "started": moment(found.get("started_at")),
+        "finished": moment(found.get("finished_at")),
+        "runtime": found.get("runtime"),
+        "worker": found.get("worker"),
+        "result": found.get("result"),
+        "error": error.get("exception"),
+        "traceback": "".join(error.get("traceback") or []).rstrip() or None,
+    }
+    return {name: value for name, value in details.items() if value not in (None, "")}
+
+
+def why_waiting(found: Mapping[str, Any], workers: Sequence[Mapping[str, Any]], now: datetime) -> list[str]:
+    """Why a waiting job does not run yet, as far as it can be seen from its document and the workers.
+
+    Args:
+        found: the job's document.
+        workers: all worker documents.
+        now: aware time to compare with.
+    """
+    up = [worker for worker in workers if worker.get("state") == "up"]
+    if found.get("paused"):
+        return [_paused(found["paused"])]
+    if found.get("query_at") and parse_time(found["query_at"]) > now:
+        left = (parse_time(found["query_at"]) - now).total_seconds()
+        causes = {"failed": "its last attempt failed", "deferred": "it asked to be run later"}
+        reasons = [entry["reason"] for entry in found.get("history") or () if entry.get("reason")]
+        cause = causes.get(found["state"]) or (reasons[-1] if reasons else "it was given back")
+        return [f"until {moment(found['query_at'])}, {left:.0f} s from now: {cause}"]
+    if not up:
+        return ["no worker is up: start one with `core4 worker` or `core4 up`"]
+    pinned = found.get("worker")
+    if pinned:
+        up = [worker for worker in up if worker.get("name") == pinned]
+        if not up:
+            return [f"it may run on worker {pinned} only, which is not up"]
+    held = found.get("held")
+    if held == "max_running":
+        key, limit = found.get("slot_key"), found.get("max_running")
+        return [f"for a slot: at most {limit} of {key} run at the same time (max_running)"]
+    if held and held != "worker":
+        return [f"it is held: {held}"]
+    return [_why_not_taken(found, up)]
+
+
+def _paused(pause: Mapping[str, Any]) -> str:
+    what = f"{pause['scope']} {pause['target']}".rstrip()
+    why = f": {pause['reason']}" if pause.get("reason") else ""
+    return f"{what} is paused by {pause['by']} since {moment(pause['at'])}{why}"
+
+
+def _why_not_taken(found: Mapping[str, Any], up: Sequence[Mapping[str, Any]]) -> str:
+    name, namespace = found["qual_name"], found.get("namespace") or "DEFAULT"
+    serving = [worker for worker in up if name in (worker.get("jobs") or ())]
+    if not serving:
+        return f"no worker that is up runs {name}: start one with `core4 worker -m PACKAGE`"
+    serving = [worker for worker in serving if namespace in (worker.get("namespaces") or ())]
+    if not serving:
+        return f"no worker that runs {name} serves the namespace {namespace} (`core4 worker --namespace`)"
+    if all((worker.get("running") or 0) >= (worker.get("slots") or 1) for worker in serving):
+        return "all slots of the workers that run it are busy"
+    if all(worker.get("gate") for worker in serving) and not found.get("force"):
+        return f"the workers that run it start only jobs with force now ({serving[0]['gate']})"
+    limit = found.get("max_parallel")
+    return "for its turn" + (
+        f"; at most {limit} of this name run on one worker (max_parallel)" if limit else ""
+    )

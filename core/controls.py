@@ -1,0 +1,185 @@
+"""What operators hold back: pauses, and the end of all workers that were started before a moment.
+
+A pause keeps jobs from being started and stops none that runs. Nothing is asked for in the name of a
+worker or a namespace that is paused; jobs of a paused name or project leave the line when they are met
+(`JobQueue.park`), so that they are in nobody's way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from pymongo import IndexModel
+from pymongo.errors import DuplicateKeyError
+
+from core4.database import Database, Document
+
+CONTROL = "sys.control"
+INDEXES = {CONTROL: (IndexModel([("kind", 1)], name="kind"),)}
+
+_HALT = "halt"
+
+
+@dataclass(frozen=True)
+class Pause:
+    """One pause. `scope` is everything, namespace, job, project or worker; `target` is which one.
+
+    A project is the first dotted part of the jobs' names.
+    """
+
+    scope: str
+    target: str
+    by: str
+    at: datetime
+    reason: str | None = None
+
+    @classmethod
+    def from_document(cls, document: Mapping[str, Any]) -> Pause:
+        return cls(
+            scope=document["scope"],
+            target=document["target"],
+            by=document["by"],
+            at=document["at"],
+            reason=document["reason"],
+        )
+
+    def covers(self, name: str, namespace: str | None = None, worker: str | None = None) -> bool:
+        """True if it keeps jobs of this name, in this namespace, on this worker from being started."""
+        match self.scope:
+            case "everything":
+                return True
+            case "namespace":
+                return namespace == self.target
+            case "worker":
+                return worker == self.target
+            case "project":
+                return name.partition(".")[0] == self.target
+        return name == self.target
+
+
+@dataclass(frozen=True)
+class Halt:
+    """All workers that were started before `at`, by the database's clock, have to end."""
+
+    by: str
+    at: datetime
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Controls:
+    """All that is in force at one moment."""
+
+    pauses: tuple[Pause, ...] = ()
+    halt: Halt | None = None
+
+    @property
+    def everything(self) -> Pause | None:
+        """The pause of everything, if there is one."""
+        return next((pause for pause in self.pauses if pause.scope == "everything"), None)
+
+    @property
+    def closed(self) -> list[str]:
+        """The namespaces that are paused."""
+        return [pause.target for pause in self.pauses if pause.scope == "namespace"]
+
+    def opened(self, namespaces: Iterable[str]) -> list[str]:
+        """Those of `namespaces` that are not paused."""
+        closed = self.closed
+        return [namespace for namespace in namespaces if namespace not in closed]
+
+    def of_worker(self, worker: str) -> Pause | None:
+        """What keeps a worker (`name@host`) from claiming anything."""
+        named = (each for each in self.pauses if each.scope == "worker" and each.target == worker)
+        return self.everything or next(named, None)
+
+    def of_name(self, name: str) -> Pause | None:
+        """The pause of a job's name or project."""
+        own = (each for each in self.pauses if each.scope in ("job", "project"))
+        return next((each for each in own if each.covers(name)), None)
+
+    def of_job(self, name: str, namespace: str, worker: str | None) -> Pause | None:
+        """What keeps a waiting job from being started; `worker` is the one it is pinned to."""
+        return next((each for each in self.pauses if each.covers(name, namespace, worker)), None)
+
+    def halts(self, started_at: datetime) -> bool:
+        """True for a worker that was started at this time of the database's clock."""
+        return self.halt is not None and self.halt.at > started_at
+
+
+class ControlStore:
+    """The only writer of `sys.control`. All methods may be repeated after an error."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._controls = database.collection(CONTROL)
+
+    async def prepare(self) -> None:
+        """Make the indexes that are missing."""
+        await self._database.ensure_indexes(INDEXES)
+
+    async def read(self) -> Controls:
+        """What is in force now."""
+        pauses = await self._controls.find({"kind": "pause"}).to_list(None)
+        halt = await self._controls.find_one({"_id": _HALT})
+        return Controls(
+            tuple(sorted(map(Pause.from_document, pauses), key=lambda each: each.at)),
+            Halt(halt["by"], halt["at"], halt["reason"]) if halt else None,
+        )
+
+    async def pause(self, scope: str, target: str = "", *, by: str, reason: str | None = None) -> Pause:
+        """Pause; what is paused already stays as it is. Returns the pause that is in force."""
+        key = _key(scope, target)
+        document = {
+            "kind": "pause",
+            "scope": scope,
+            "target": target,
+            "by": by,
+            "at": await self._database.server_time(),
+            "reason": reason,
+        }
+        with suppress(DuplicateKeyError):  # somebody else paused it in this moment
+            await self._controls.update_one({"_id": key}, {"$setOnInsert": document}, upsert=True)
+        stored = await self._controls.find_one({"_id": key})
+        return Pause.from_document(stored or document)
+
+    async def resume(self, scope: str, target: str = "") -> bool:
+        """End a pause; False if there is none. `JobQueue.unpark` puts its jobs back in line."""
+        result = await self._controls.delete_one({"_id": _key(scope, target)})
+        return bool(result.deleted_count)
+
+    async def halt(self, *, by: str, reason: str | None = None) -> Halt:
+        """Tell all workers that are up to end. Those that are started from now on are not meant."""
+        with suppress(DuplicateKeyError):  # somebody else halts them in this moment
+            await self._controls.update_one(
+                {"_id": _HALT},
+                {"$set": {"kind": "halt", "by": by, "reason": reason}, "$currentDate": {"at": True}},
+                upsert=True,
+            )
+        stored = await self._controls.find_one({"_id": _HALT})
+        assert stored is not None  # it is never deleted
+        return Halt(stored["by"], stored["at"], stored["reason"])
+
+
+def _key(scope: str, target: str) -> str:
+    return f"pause:{scope}:{target}"
+
+
+def view(controls: Controls, running: Sequence[Document], waiting: Sequence[Document]) -> dict[str, Any]:
+    """What is in force, as readers get it: each pause with how many of its jobs still run and are held.
+
+    `running` and `waiting` are rows of `JobQueue.load`.
+    """
+
+    def count(pause: Pause, rows: Sequence[Document]) -> int:
+        return sum(row["n"] for row in rows if pause.covers(row["name"], row["namespace"], row["worker"]))
+
+    pauses = [
+        {**vars(pause), "running": count(pause, running), "held": count(pause, waiting)}
+        for pause in controls.pauses
+    ]
+    return {"pauses": pauses, "halt": vars(controls.halt) if controls.halt else None}

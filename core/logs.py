@@ -1,0 +1,206 @@
+"""The log lines of jobs: stored in chunks, read as lines in core4's shape."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from bson import ObjectId
+from pymongo import IndexModel
+from pymongo.errors import DuplicateKeyError
+
+from core4.database import Database, Document
+from core4.jobs import Job
+from core4.queues import Page
+
+LOG = "sys.log"
+INDEXES = {LOG: (IndexModel([("job", 1), ("seq", 1)], name="job", unique=True),)}
+LEVELS = {"DEBUG": 10, "INFO": 20, "WARNING": 30, "ERROR": 40, "CRITICAL": 50}
+FIRST_CHUNKS, CHUNKS = 2, 20  # read at once by `tail`, at first and at most: who wants little reads little
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line. `seq` has the fence of the attempt in its high bits; `epoch` is in seconds."""
+
+    seq: int
+    epoch: float
+    level: str
+    message: str
+    source: str = "log"  # or stdout, stderr
+    exception: Mapping[str, Any] | None = None
+
+
+class LogStore:
+    """The only writer of `sys.log`."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._log = database.fast(LOG)
+
+    async def prepare(self) -> None:
+        """Make the indexes that are missing."""
+        await self._database.ensure_indexes(INDEXES)
+
+    async def append(self, job: Job, hostname: str, lines: Sequence[Line]) -> None:
+        """Store lines as one chunk. Repeating a call whose reply was lost stores nothing twice."""
+        if not lines:
+            return
+        chunk = {
+            "job": job.id,
+            "seq": lines[0].seq,
+            "last": lines[-1].seq,
+            "count": len(lines),
+            "created": datetime.now(UTC),
+            "hostname": hostname,
+            "username": job.username,
+            "qual_name": job.name,
+            "lines": [_packed(line) for line in lines],
+        }
+        try:
+            await self._log.insert_one(chunk)
+        except DuplicateKeyError:
+            pass  # an earlier call did it
+
+    async def tail(
+        self, job_id: ObjectId, after: int, *, limit: int = 1000, size: int | None = None
+    ) -> list[Document]:
+        """Up to `limit` lines with numbers above `after`, in order; empty at the end.
+
+        With `size` the line that brings their texts to so many characters is the last one.
+        """
+        found: list[Document] = []
+        characters = 0
+        async for line in self._lines(job_id, after):
+            found.append(line)
+            characters += text_size(line)
+            if len(found) >= limit or (size is not None and characters >= size):
+                break
+        return found
+
+    async def page(
+        self,
+        job_id: ObjectId,
+        *,
+        page: int = 0,
+        per_page: int = 10,
+        descending: bool = False,
+        level: str | None = None,
+    ) -> Page:
+        """One page of lines; a negative `page` counts from the end, `level` is the lowest that is wanted."""
+        lowest = LEVELS[level] if level else 0
+        if lowest:
+            lines = [line async for line in self._lines(job_id, 0) if line["levelno"] >= lowest]
+            return _slice(lines, len(lines), page, per_page, descending)
+        total = await self.count(job_id)
+        pages = -(-total // per_page)
+        number = pages + page if page < 0 else page
+        if number < 0 or number >= pages:
+            return Page([], total, page, per_page)
+        first = number * per_page
+        stop = min(first + per_page, total)
+        if descending:
+            first, stop = total - stop, total - first
+        rows = await self._range(job_id, first, stop)
+        return Page(rows[::-1] if descending else rows, total, page, per_page)
+
+    async def count(self, job_id: ObjectId) -> int:
+        """Number of lines of a job."""
+        chunks = await self._log.find({"job": job_id}, {"count": 1}).to_list(None)
+        return sum(chunk["count"] for chunk in chunks)
+
+    async def last_seq(self, job_id: ObjectId) -> int:
+        """Number of the last line stored; 0 if there is none."""
+        chunks = await self._log.find({"job": job_id}, {"last": 1}).sort("seq", -1).limit(1).to_list(None)
+        return int(chunks[0]["last"]) if chunks else 0
+
+    async def _range(self, job_id: ObjectId, first: int, stop: int) -> list[Document]:
+        """The lines from the first-th to before the stop-th, reading no chunk in vain."""
+        sizes = await self._log.find({"job": job_id}, {"seq": 1, "count": 1}).sort("seq", 1).to_list(None)
+        wanted: list[int] = []
+        position, skip = 0, 0
+        for chunk in sizes:
+            end = position + chunk["count"]
+            if end > first and position < stop:
+                if not wanted:
+                    skip = first - position
+                wanted.append(chunk["seq"])
+            position = end
+        chunks = await self._log.find({"job": job_id, "seq": {"$in": wanted}}).sort("seq", 1).to_list(None)
+        lines = [line for chunk in chunks for line in _unpacked(chunk)]
+        return lines[skip : skip + stop - first]
+
+    async def _lines(self, job_id: ObjectId, after: int) -> AsyncIterator[Document]:
+        """Lines behind `after`. The chunk that holds `after` begins before it, so its start is looked up."""
+        where: Document = {"job": job_id, "seq": {"$lte": after}}
+        start = await self._log.find(where, {"seq": 1, "last": 1}).sort("seq", -1).limit(1).to_list(None)
+        low = start[0]["seq"] if start and start[0]["last"] > after else after + 1
+        most = FIRST_CHUNKS
+        while True:
+            where = {"job": job_id, "seq": {"$gte": low}}
+            chunks = await self._log.find(where).sort("seq", 1).limit(most).to_list(None)
+            for chunk in chunks:
+                for line in _unpacked(chunk):
+                    if line["seq"] > after:
+                        yield line
+            if len(chunks) < most:
+                return
+            low = chunks[-1]["last"] + 1
+            most = min(most * 2, CHUNKS)
+
+
+def text_size(line: Document) -> int:
+    """The number of characters in the texts of a line as `tail` gives it."""
+    exception = line.get("exception") or {}
+    return len(line["message"]) + len(exception.get("info", "")) + sum(map(len, exception.get("text", ())))
+
+
+def _packed(line: Line) -> Document:
+    packed: Document = {"s": line.seq, "t": line.epoch, "l": line.level, "m": _storable(line.message)}
+    if line.source != "log":
+        packed["o"] = line.source
+    if line.exception is not None:
+        packed["e"] = {
+            "info": _storable(str(line.exception.get("info", ""))),
+            "text": [_storable(str(text)) for text in line.exception.get("text", ())],
+        }
+    return packed
+
+
+def _storable(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _unpacked(chunk: Mapping[str, Any]) -> list[Document]:
+    """The lines of a chunk as log documents of core4 (core4.md 7), with `seq` and `source` added."""
+    lines: list[Document] = []
+    for packed in chunk["lines"]:
+        line: Document = {
+            "_id": f"{chunk['job']}.{packed['s']}",
+            "created": datetime.fromtimestamp(int(packed["t"]), UTC),
+            "epoch": packed["t"],
+            "level": packed["l"],
+            "levelno": LEVELS.get(packed["l"], 20),
+            "message": packed["m"],
+            "hostname": chunk["hostname"],
+            "username": chunk["username"],
+            "qual_name": chunk["qual_name"],
+            "identifier": str(chunk["job"]),
+            "seq": packed["s"],
+            "source": packed.get("o", "log"),
+        }
+        if "e" in packed:
+            line["exception"] = packed["e"]
+        lines.append(line)
+    return lines
+
+
+def _slice(lines: list[Document], total: int, page: int, per_page: int, descending: bool) -> Page:
+    pages = -(-total // per_page)
+    number = pages + page if page < 0 else page
+    if number < 0 or number >= pages:
+        return Page([], total, page, per_page)
+    ordered = lines[::-1] if descending else lines
+    return Page(ordered[number * per_page : (number + 1) * per_page], total, page, per_page)

@@ -1,0 +1,765 @@
+"""The queue and the journal: every write of a job document is made here.
+
+A transition is one update of one document whose filter repeats the state, the revision and, for a
+held job, the lease that the decision was based on. If somebody else wrote in between, nothing matches
+and the decision is made again on what is there now. What needs a second document (a child, the copy
+in the journal) is noted in the first one (`outbox`, `settle`) and can be repeated by anyone.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from bson import ObjectId
+from bson.errors import BSONError
+from pymongo import IndexModel
+from pymongo.errors import ConnectionFailure, DocumentTooLarge, DuplicateKeyError, PyMongoError
+
+from core4 import jobs, states, transitions
+from core4.config import Settings
+from core4.controls import Controls
+from core4.database import Database, Document
+from core4.errors import JobExists, JobNotFound, LeaseLost, Unavailable
+from core4.jobs import FORCED_BELOW, HISTORY_LIMIT, Job, JobOrder, Lease, Owner, utcnow
+from core4.options import DEFAULTS
+from core4.retries import Outcome
+from core4.states import FINAL, WAITING, Flag, State
+from core4.transitions import Change
+
+log = logging.getLogger(__name__)
+
+QUEUE, JOURNAL = "sys.queue", "sys.journal"
+
+INDEXES: Mapping[str, Sequence[IndexModel]] = {
+    QUEUE: (
+        IndexModel(
+            [("due", 1), ("namespace", 1), ("rank", 1)], name="claim", partialFilterExpression={"due": True}
+        ),
+        IndexModel([("state", 1), ("rank", 1)], name="state"),
+        IndexModel(
+            [("unique_key", 1)],
+            name="unique_key",
+            unique=True,
+            partialFilterExpression={"unique_key": {"$exists": True}},
+        ),
+        # One holder of a slot at a time, whatever happens.
+        IndexModel(
+            [("slot", 1)], name="slot", unique=True, partialFilterExpression={"slot": {"$exists": True}}
+        ),
+        IndexModel(
+            [("slot_key", 1), ("rank", 1)],
+            name="slot_key",
+            partialFilterExpression={"held": "max_running"},
+        ),
+        # Fields that only few documents have: these indexes cost the others nothing.
+        IndexModel([("held", 1)], name="held", sparse=True),
+        IndexModel([("lease.owner", 1)], name="owner", sparse=True),
+        IndexModel([("query_at", 1)], name="query_at", sparse=True),
+        IndexModel([("expires", 1)], name="expires", sparse=True),
+        IndexModel([("settle", 1)], name="settle", sparse=True),
+    ),
+    JOURNAL: (
+        IndexModel([("name", 1), ("_id", 1)], name="name"),
+        IndexModel([("state", 1), ("_id", 1)], name="state"),
+        IndexModel([("settle", 1)], name="settle", sparse=True),
+    ),
+}
+
+_NO_CONTROLS = Controls()
+PEEK = 64  # candidates read at once where the server cannot limit a scan
+RETRIES = 100  # of one decision, if others keep writing the same job
+
+
+@dataclass(frozen=True)
+class Page:
+    """One page of stored documents and how many there are behind the filter."""
+
+    rows: list[Document]
+    total: int
+    page: int
+    per_page: int
+
+
+class JobQueue:
+    """The only writer of `sys.queue` and `sys.journal`. All methods may be repeated after an error."""
+
+    def __init__(self, database: Database, settings: Settings) -> None:
+        self._database = database
+        self._settings = settings
+        self._queue = database.collection(QUEUE)
+        self._journal = database.collection(JOURNAL)
+        self._horizon: dict[str, int] = {}
+
+    async def prepare(self) -> None:
+        """Make the indexes that are missing."""
+        await self._database.ensure_indexes(INDEXES)
+
+    # ------------------------------------------------------------------ enqueue and read
+
+    async def enqueue(self, order: JobOrder, *, job_id: ObjectId | None = None, once: bool = False) -> Job:
+        """Store a new job; it is never lost once this has returned.
+
+        With `once` a job of this id that is in the queue or the journal is the answer: for ids that are
+        derived from what the job is for. (Should it be journaled in just this moment, `start` finds it.)
+
+        Raises: JobExists if an open or stopped job has the same name and arguments; Unavailable if the
+        database did not answer and does not tell whether the job was stored (repeat with the same id).
+        """
+        if once and job_id is not None:
+            found = await self.document(job_id)
+            if found is not None:
+                return Job.from_document(found[0], journal=found[1])
+        document = jobs.new_document(order, job_id or ObjectId(), utcnow())
+        return await self._insert(document)
+
+    async def document(self, job_id: ObjectId) -> tuple[Document, bool] | None:
+        """The stored document of a job and whether it is the journal's; None if there is none."""
+        queued = await self._queue.find_one({"_id": job_id})
+        if queued is not None and not queued.get("settle"):
+            return queued, False
+        # It may be in both while it is moved: then the journal is right.
+        journaled = await self._journal.find_one({"_id": job_id})
+        if journaled is not None:
+            return journaled, True
+        return (queued, False) if queued is not None else None
+
+    async def get(self, job_id: ObjectId) -> Job:
+        """The job of this id, from the queue or the journal.
+
+        Raises: JobNotFound.
+        """
+        found = await self.document(job_id)
+        if found is None:
+            raise JobNotFound(job_id)
+        return Job.from_document(found[0], journal=found[1])
+
+    async def page(
+        self,
+        where: Mapping[str, Any],
+        *,
+        sort: Sequence[tuple[str, int]] = (("_id", 1),),
+        page: int = 0,
+        per_page: int = 10,
+        journal: bool = False,
+        fields: Sequence[str] | None = None,
+    ) -> Page:
+        """One page of documents; a negative `page` counts from the end. `where` is a trusted filter."""
+        table = self._journal if journal else self._queue
+        total = await table.count_documents(dict(where)) if where else await table.estimated_document_count()
+        pages = -(-total // per_page)
+        number = pages + page if page < 0 else page
+        if number < 0 or number >= pages:
+            return Page([], total, page, per_page)
+        cursor = table.find(dict(where), list(fields) if fields else None)
+        rows = await cursor.sort(list(sort)).skip(number * per_page).limit(per_page).to_list(None)
+        return Page(rows, total, page, per_page)
+
+    async def counts(self, where: Mapping[str, Any] | None = None) -> dict[str, int]:
+        """Number of jobs in the queue by state."""
+        pipeline: list[Mapping[str, Any]] = [{"$match": dict(where)}] if where else []
+        pipeline.append({"$group": {"_id": "$state", "n": {"$sum": 1}}})
+        return {row["_id"]: row["n"] for row in await self._database.aggregate(QUEUE, pipeline)}
+
+    async def journaled(self, where: Mapping[str, Any] | None = None) -> int:
+        """Number of jobs in the journal."""
+        if where:
+            return await self._journal.count_documents(dict(where))
+        return await self._journal.estimated_document_count()
+
+    # ------------------------------------------------------------------ what a worker does
+
+    async def claim(
+        self,
+        owner: Owner,
+        *,
+        namespaces: Sequence[str],
+        limit: int = 1,
+        full: Collection[str] = (),
+        forced: bool = False,
+        controls: Controls = _NO_CONTROLS,
+    ) -> list[Job]:
+        """Up to `limit` due jobs of `namespaces`, now held by `owner`, first in line first.
+
+        `full` are names of jobs that this worker must not start now, `controls` is what operators hold
+        back. With `forced` only jobs with force are taken: they are the first in rank, so the same index
+        gives them.
+        """
+        where: Document = {"name": {"$nin": list(full)}} if full else {}
+        if forced:
+            where["rank"] = {"$lt": FORCED_BELOW}
+        namespaces = controls.opened(namespaces)
+        claimed: list[Job] = []
+        again = True
+        while again and not claimed:
+            claimed, paused, again = await self._claim_some(owner, namespaces, where, limit, controls)
+            for name in paused:
+                await self.park(name)
+        return claimed
+
+    async def _claim_some(
+        self, owner: Owner, namespaces: Sequence[str], where: Document, limit: int, controls: Controls
+    ) -> tuple[list[Job], set[str], bool]:
+        """Some due jobs, the paused names that were met, and whether others left the line."""
+        closed: Document = {"namespace": {"$nin": controls.closed}} if controls.closed else {}
+        pinned = await self._pinned(owner, {**where, **closed}, limit)
+        if pinned or not self._database.find_and_modify:
+            waiting = await self._peek(namespaces, where, limit + 8)
+            candidates = sorted([*pinned, *waiting], key=lambda doc: doc["rank"])
+            paused = {doc["name"] for doc in candidates if controls.of_name(doc["name"])}
+            free = [doc for doc in candidates if doc["name"] not in paused]
+            taken = [await self._slotted(job) for job in await self._take(owner, free, limit)]
+            return [job for job in taken if job is not None], paused, bool(paused) or None in taken
+        claimed: list[Job] = []
+        while len(claimed) < limit:
+            job = await self._find_and_claim(owner, namespaces, where)
+            if job is None:
+                break
+            if controls.of_name(job.name):
+                await self._put_aside(job, "paused")
+                return claimed, {job.name}, True
+            slotted = await self._slotted(job)
+            claimed += [slotted] if slotted else []
+        return claimed, set(), False
+
+    async def _slotted(self, job: Job) -> Job | None:
+        """The claimed job with a slot of its `max_running`; None if all are taken: it has left the line."""
+        slots = job.slots()
+        if not slots:
+            return job
+        lease = transitions.lease_of(job)
+        for slot in await self._free(slots):
+            try:
+                return await self._held(job, lease, partial(transitions.take_slot, lease=lease, slot=slot))
+            except DuplicateKeyError:
+                continue  # somebody else was faster
+            except LeaseLost:
+                return None
+        await self._put_aside(job, "max_running")
+        key = job.document["slot_key"]
+        # All that stand behind it for the same slots would only be claimed to be put aside.
+        await self._queue.update_many(
+            {"due": True, "slot_key": key},
+            {"$set": {"held": "max_running"}, "$unset": {"due": 1}, "$inc": {"rev": 1}},
+        )
+        if await self._free(slots):  # since then: whoever freed it may have found nobody to wake
+            await self._wake(key)
+        return None
+
+    async def _free(self, slots: Sequence[str]) -> list[str]:
+        rows = await self._queue.find({"slot": {"$in": list(slots), "$exists": True}}, {"slot": 1}).to_list(
+            None
+        )
+        free = sorted(set(slots) - {row["slot"] for row in rows})
+        random.shuffle(free)
+        return free
+
+    async def _wake(self, key: str) -> bool:
+        """Put the first that waits for a slot of this key back in line, if there is a free one."""
+        where = {"held": "max_running", "slot_key": key}
+        for _ in range(RETRIES):
+            found = await self._queue.find(where).sort("rank", 1).limit(1).to_list(None)
+            if not found:
+                return False
+            first = Job.from_document(found[0])
+            if not await self._free(first.slots()):
+                return False
+            if await self._cas(first, transitions.wake(first)) is not None:
+                return True
+        return False
+
+    async def _try_wake(self, key: str) -> None:
+        """After a slot became free; if it cannot be done now, `wake_held` will."""
+        try:
+            await self._wake(key)
+        except PyMongoError as error:
+            log.warning("job.unwoken", extra={"slot_key": key, "error": str(error)[:200]})
+
+    async def _put_aside(self, job: Job, held: str) -> None:
+        lease = transitions.lease_of(job)
+        with suppress(LeaseLost):  # then somebody else has it
+            after = await self._held(job, lease, lambda seen: transitions.put_aside(seen, lease, held))
+            await self._try_settle(after)
+
+    async def start(self, job: Job, *, pid: int | None = None) -> Job:
+        """Record that the attempt begins.
+
+        Raises: LeaseLost if the job is no longer held under its lease, or has been finished before.
+        """
+        lease = transitions.lease_of(job)
+        if await self._journal.find_one({"_id": job.id}, {"_id": 1}) is not None:
+            # An id that is in the journal is done: this is a leftover of a move or a late insert.
+            await self._queue.delete_one({"_id": job.id, "lease.id": lease.id})
+            raise LeaseLost(job.id, lease.id)
+
+        return await self._held(job, lease, lambda seen: transitions.start(seen, lease, pid))
+
+    async def progress(self, job: Job, value: float | None, message: str | None) -> None:
+        """Store how far the job is.
+
+        Raises: LeaseLost.
+        """
+        lease = transitions.lease_of(job)
+        text = None if message is None else transitions.clean(message)
+        result = await self._queue.update_one(
+            {"_id": job.id, "state": State.RUNNING.value, "lease.id": lease.id},
+            {
+                "$set": {"prog.value": value, "prog.message": text, "locked.heartbeat": utcnow()},
+                "$inc": {"rev": 1},
+            },
+        )
+        if not result.matched_count:
+            raise LeaseLost(job.id, lease.id)
+
+    async def flag(self, job: Job, what: Flag, *, reason: str) -> Job:
+        """Note once per job that it runs too long or is silent too long; it goes on.
+
+        Raises: LeaseLost.
+        """
+        lease = transitions.lease_of(job)
+        return await self._held(job, lease, lambda seen: transitions.flag(seen, lease, what, reason))
+
+    async def finish(self, job: Job, outcome: Outcome, *, log_seq: int) -> Job:
+        """Record how the attempt ended; `log_seq` is the number of its last log line.
+
+        A repeated call after a lost reply finds its own record and returns it.
+
+        Raises: LeaseLost if another attempt or a rescuer holds or has ended the job.
+        """
+        lease = transitions.lease_of(job)
+        if jobs.too_deep(outcome.result):
+            outcome = _unstorable(f"nested deeper than {jobs.RESULT_DEPTH} levels")
+        try:
+            after = await self._held(
+                job, lease, lambda seen: transitions.finish(seen, lease, outcome, log_seq)
+            )
+        except (BSONError, DocumentTooLarge, OverflowError, UnicodeError) as error:
+            small = _unstorable(str(error))
+            after = await self._held(job, lease, lambda seen: transitions.finish(seen, lease, small, log_seq))
+        await self._try_settle(after)
+        return after
+
+    async def release(self, job: Job, *, reason: str, delay: float = 0.0) -> Job:
+        """Put a held job back in line, uncharged, due after `delay` seconds.
+
+        Raises: LeaseLost.
+        """
+        lease = transitions.lease_of(job)
+        after = await self._held(job, lease, lambda seen: transitions.release(seen, lease, reason, delay))
+        await self._try_settle(after)
+        return after
+
+    async def running(self, owner_id: str) -> list[Job]:
+        """All jobs held by this owner."""
+        documents = await self._queue.find({"lease.owner": owner_id}).to_list(None)
+        return [Job.from_document(document) for document in documents]
+
+    # ------------------------------------------------------------------ what people ask for
+
+    async def kill(self, job_id: ObjectId, *, by: str) -> tuple[Job, bool]:
+        """End a job: at once if nobody runs it, else its worker is told to. Says whether that was news.
+
+        Raises: JobNotFound; Conflict if the job has another outcome already.
+        """
+        before, after = await self._transition(job_id, lambda seen: transitions.kill(seen, by))
+        await self._try_settle(after)
+        return after, after.rev != before.rev
+
+    async def remove(self, job_id: ObjectId, *, by: str) -> Job:
+        """Move a job that does not run to the journal; one that is being killed follows when it has ended.
+
+        Raises: JobNotFound if it is not in the queue; Conflict if it runs.
+        """
+        _, after = await self._transition(job_id, lambda seen: transitions.remove(seen, by))
+        await self._try_settle(after)
+        return after
+
+    async def restart(self, job_id: ObjectId, *, by: str, hostname: str = "") -> ObjectId:
+        """Run a job again: at once if it waits for a retry (same id), as a new job if it has ended.
+
+        Twice while the new job is open gives the same new job. While a kill is under way the wish is
+        stored, and the new job follows when the old one has ended.
+
+        Raises: JobNotFound; Conflict if the job waits or runs; JobExists if another job has taken its place.
+        """
+        child_id: ObjectId | None = None
+
+        async def plan(seen: Job) -> Change | None:
+            nonlocal child_id
+            if seen.state in (State.FAILED, State.DEFERRED) and not seen.removed_at:
+                child_id = seen.id
+                return transitions.retry_now(seen, by)
+            transitions.require_ended(seen)
+            wish = seen.state is State.RUNNING
+            child_id = seen.document["enqueued"].get("child_id")
+            if child_id is not None and (wish or await self._is_open(child_id, seen)):
+                return None
+            child_id = jobs.derived_id(seen.id, "restart", seen.document.get("restarts", 0))
+            return transitions.link(seen, child_id, by, hostname, wish=wish)
+
+        _, after = await self._transition(job_id, plan)
+        assert child_id is not None
+        if after.state in FINAL and after.document.get("outbox"):
+            await self._settle(after)
+        return child_id
+
+    # ------------------------------------------------------------------ pauses
+
+    async def park(self, name: str) -> int:
+        """Take the jobs of a paused name out of the line, so that they are in nobody's way."""
+        update: Document = {"$set": {"held": "paused"}, "$unset": {"due": 1}, "$inc": {"rev": 1}}
+        free = await self._queue.update_many({"due": True, "name": name}, update)
+        pinned = await self._queue.update_many({"held": "worker", "query_at": None, "name": name}, update)
+        return free.modified_count + pinned.modified_count
+
+    async def unpark(self, controls: Controls) -> int:
+        """Put back in line what was parked and is not paused any more; any worker may repeat it."""
+        parked = [{"$match": {"held": "paused"}}, {"$group": {"_id": "$name"}}]
+        names = [row["_id"] for row in await self._database.aggregate(QUEUE, parked)]
+        done = 0
+        for name in names:
+            if controls.of_name(name):
+                continue
+            where: Document = {"held": "paused", "name": name}
+            free = await self._queue.update_many(
+                {**where, "worker": None}, {"$set": {"due": True}, "$unset": {"held": 1}, "$inc": {"rev": 1}}
+            )
+            pinned = await self._queue.update_many(
+                {**where, "worker": {"$ne": None}}, {"$set": {"held": "worker"}, "$inc": {"rev": 1}}
+            )
+            done += free.modified_count + pinned.modified_count
+        return done
+
+    async def load(self) -> tuple[list[Document], list[Document]]:
+        """How many jobs run, and how many wait: rows of `name`, `namespace`, `worker` and `n`.
+
+        `worker` is who runs them; of waiting ones who may, if that is only one.
+        """
+        running = await self._grouped([State.RUNNING], "$locked.worker")
+        return running, await self._grouped(sorted(WAITING), "$worker")
+
+    async def _grouped(self, found: Sequence[State], worker: str) -> list[Document]:
+        by = {"name": "$name", "namespace": "$namespace", "worker": worker}
+        pipeline: list[Mapping[str, Any]] = [
+            {"$match": {"state": {"$in": [state.value for state in found]}}},
+            {"$group": {"_id": by, "n": {"$sum": 1}}},
+        ]
+        rows = await self._database.aggregate(QUEUE, pipeline)
+        return [{"worker": None, **row["_id"], "n": row["n"]} for row in rows]
+
+    # ------------------------------------------------------------------ upkeep, by any worker
+
+    async def promote(self) -> int:
+        """Make due what has waited long enough."""
+        late = {"query_at": {"$lte": utcnow()}}
+        free = await self._queue.update_many(
+            {**late, "worker": None}, {"$set": {"due": True}, "$unset": {"query_at": 1}, "$inc": {"rev": 1}}
+        )
+        pinned = await self._queue.update_many(
+            {**late, "held": "worker"}, {"$unset": {"query_at": 1}, "$inc": {"rev": 1}}
+        )
+        return free.modified_count + pinned.modified_count
+
+    async def wake_held(self) -> int:
+        """Wake whom a dead process did not: as many per key as there are free slots."""
+        keys: list[Mapping[str, Any]] = [
+            {"$match": {"held": "max_running"}},
+            {"$group": {"_id": "$slot_key", "n": {"$sum": 1}}},
+        ]
+        woken = 0
+        for row in await self._database.aggregate(QUEUE, keys):
+            first = await self._queue.find_one({"held": "max_running", "slot_key": row["_id"]})
+            free = await self._free(Job.from_document(first).slots()) if first else []
+            for _ in range(min(len(free), row["n"])):
+                woken += await self._wake(row["_id"])
+        return woken
+
+    async def expire(self, limit: int = 200) -> int:
+        """End deferred jobs whose window has passed."""
+        done = 0
+        for document in await self._queue.find({"expires": {"$lte": utcnow()}}).limit(limit).to_list(None):
+            seen = Job.from_document(document)
+            if seen.state is not State.DEFERRED:
+                continue
+            done += await self._cas_and_settle(seen, transitions.expire(seen))
+        return done
+
+    async def rescue(self, alive: Callable[[], Awaitable[Collection[str]]]) -> int:
+        """Take running jobs away from owners that are not `alive`; returns how many.
+
+        Whoever is alive is asked after the jobs were read: a worker that registered in between is in.
+        """
+        documents = await self._queue.find({"state": State.RUNNING.value}).to_list(None)
+        if not documents:
+            return 0
+        owners = await alive()
+        rescued = 0
+        for document in documents:
+            job = Job.from_document(document)
+            if job.lease is not None and job.lease.owner not in owners:
+                change = transitions.rescue(job, self._settings.max_crashes, self._settings.max_claims)
+                rescued += await self._cas_and_settle(job, change)
+        return rescued
+
+    async def sweep(self, limit: int = 500) -> int:
+        """Do what a dead process left undone: children not yet made, finished jobs not yet journaled."""
+        done = 0
+        for table, journal in ((self._queue, False), (self._journal, True)):
+            for document in await table.find({"settle": True}).limit(limit).to_list(None):
+                done += await self._try_settle(Job.from_document(document, journal=journal))
+        return done
+
+    # ------------------------------------------------------------------ inside: writing
+
+    async def _insert(self, document: Document) -> Job:
+        for _ in range(3):
+            try:
+                await self._queue.insert_one(document)
+                return Job.from_document(document)
+            except DuplicateKeyError as error:
+                # Its own id first: a job that is there may have lost its place, or violate both indexes.
+                found = await self.document(document["_id"])
+                if found is not None:
+                    return Job.from_document(found[0], journal=found[1])
+                where = {"unique_key": document.get("unique_key", "")}
+                holder = await self._queue.find_one(where, {"_id": 1})
+                if holder is not None:
+                    raise JobExists(holder["_id"], document["name"]) from error
+                # The holder left in this moment: the place is free.
+            except ConnectionFailure as error:
+                return await self._inserted(document["_id"], error)
+        raise Unavailable("the queue is busy with this job, try again")
+
+    async def _inserted(self, job_id: ObjectId, cause: Exception) -> Job:
+        """The job, if an insert whose reply was lost has arrived."""
+        try:
+            return await self.get(job_id)
+        except (PyMongoError, JobNotFound):
+            raise Unavailable(
+                f"the database did not answer: job [{job_id}] may or may not be stored", job_id=str(job_id)
+            ) from cause
+
+    async def _transition(
+        self, job_id: ObjectId, plan: Callable[[Job], Change | Awaitable[Change | None] | None]
+    ) -> tuple[Job, Job]:
+        """Read a job, let `plan` decide and write that, until nobody wrote in between: (before, after)."""
+        for _ in range(RETRIES):
+            before = await self.get(job_id)
+            if before.rev == 1 and not before.journal:
+                before = await self._without_leftover(before)
+            if before.document.get("settle"):
+                # Half way to the journal: help it there, so that a document which is being copied
+                # is never written.
+                try:
+                    await self._settle(before)
+                except JobExists:
+                    pass  # says something to whoever asked for that restart, and nothing here
+                before = await self.get(job_id)
+            decided = plan(before)
+            change = decided if isinstance(decided, Change) or decided is None else await decided
+            if change is None:
+                return before, before
+            after = await self._cas(before, change)
+            if after is not None:
+                return before, after
+        raise Unavailable(f"job [{job_id}] is busy, try again")
+
+    async def _without_leftover(self, fresh: Job) -> Job:
+        """The journal's document if there is one: then this one is an insert that came late, and goes."""
+        document = await self._journal.find_one({"_id": fresh.id})
+        if document is None:
+            return fresh
+        await self._queue.delete_one({"_id": fresh.id, "rev": fresh.rev})
+        return Job.from_document(document, journal=True)
+
+    async def _held(self, job: Job, lease: Lease, plan: Callable[[Job], Change | None]) -> Job:
+        """The same for the holder of a lease, starting from the document it has at hand."""
+        seen = job
+        for _ in range(RETRIES):
+            change = plan(seen)
+            if change is None:
+                return seen
+            after = await self._cas(seen, change)
+            if after is not None:
+                return after
+            try:
+                seen = await self.get(job.id)
+            except JobNotFound:
+                raise LeaseLost(job.id, lease.id) from None
+        raise Unavailable(f"job [{job.id}] is busy, try again")
+
+    async def _cas(self, seen: Job, change: Change) -> Job | None:
+        """Write `change` if the document is still the one that was `seen`; the job after it, or None."""
+        move = states.MOVES[change.move]
+        target = State(change.set.get("state", seen.state))
+        if seen.state not in move.sources or target not in move.targets:
+            raise AssertionError(f"illegal move {change.move}: {seen.state} -> {target}")
+        where: Document = {"_id": seen.id, "state": seen.state.value, "rev": seen.rev}
+        if move.held:
+            where["lease.id"] = transitions.lease_of(seen).id
+        update: Document = {"$set": {**change.set, "rev": seen.rev + 1}}
+        if change.unset:
+            update["$unset"] = dict.fromkeys(change.unset, 1)
+        if change.entry is not None:
+            update["$push"] = {"history": {"$each": [change.entry], "$slice": -HISTORY_LIMIT}}
+        table = self._journal if seen.journal else self._queue
+        result = await table.update_one(where, update)
+        if not result.matched_count:
+            return None
+        if "slot" in change.unset and seen.document.get("slot"):
+            await self._try_wake(seen.document["slot_key"])
+        return Job.from_document(
+            transitions.applied(seen.document, change, seen.rev + 1), journal=seen.journal
+        )
+
+    async def _cas_and_settle(self, seen: Job, change: Change) -> int:
+        after = await self._cas(seen, change)
+        if after is None:
+            return 0
+        await self._try_settle(after)
+        return 1
+
+    # ------------------------------------------------------------------ inside: claiming
+
+    async def _pinned(self, owner: Owner, some: Document, limit: int) -> list[Document]:
+        where: Document = {"held": "worker", "worker": owner.worker, "query_at": None, **some}
+        return await self._queue.find(where).sort("rank", 1).limit(limit).to_list(None)
+
+    async def _peek(self, namespaces: Sequence[str], some: Document, count: int) -> list[Document]:
+        found: list[Document] = []
+        for namespace in namespaces:
+            found += await self._peek_namespace(namespace, some, count)
+        return found
+
+    async def _peek_namespace(self, namespace: str, some: Document, count: int) -> list[Document]:
+        """The first in line. Where the server reads all that match, a bound on the rank keeps that few."""
+        where: Document = {"due": True, "namespace": namespace, **some}
+        if "rank" in some:  # bound already, and what it finds says nothing of the rest of the line
+            return await self._queue.find(where).sort("rank", 1).limit(count).to_list(None)
+        horizon = self._horizon.get(namespace)
+        if horizon is not None:
+            near = {**where, "rank": {"$lt": horizon}}
+            found = await self._queue.find(near).sort("rank", 1).limit(count).to_list(None)
+            if found:
+                return found
+        found = await self._queue.find(where).sort("rank", 1).limit(max(PEEK, count)).to_list(None)
+        if len(found) >= max(PEEK, count):
+            self._horizon[namespace] = found[-1]["rank"] + 1
+        else:
+            self._horizon.pop(namespace, None)
+        return found
+
+    async def _take(self, owner: Owner, candidates: Sequence[Document], limit: int) -> list[Job]:
+        taken: list[Job] = []
+        index = 0
+        while index < len(candidates) and len(taken) < limit:
+            seen = Job.from_document(candidates[index])
+            index += 1
+            job = await self._cas(seen, transitions.claim(seen, owner))
+            if job is None:
+                index += random.randrange(3)  # others read the same line: do not race for each place in it
+            else:
+                taken.append(job)
+        return taken
+
+    async def _find_and_claim(self, owner: Owner, namespaces: Sequence[str], some: Document) -> Job | None:
+        where: Document = {"due": True, "namespace": {"$in": list(namespaces)}, **some}
+        document = await self._queue.find_one_and_update(
+            where, transitions.claim_pipeline(owner), sort=[("rank", 1)], return_document=True
+        )
+        return Job.from_document(document) if document else None
+
+    # ------------------------------------------------------------------ inside: second documents
+
+    async def _try_settle(self, job: Job) -> int:
+        """Settle now if it can be done; if not, a sweep will."""
+        if not job.document.get("settle"):
+            return 0
+        try:
+            await self._settle(job)
+            return 1
+        except JobExists:
+            return 1
+        except PyMongoError as error:
+            log.warning("job.unsettled", extra={"job_id": str(job.id), "error": str(error)[:200]})
+            return 0
+
+    async def _settle(self, job: Job) -> None:
+        """Make the children noted in the outbox, then move the job to the journal if it leaves the queue."""
+        refused: JobExists | None = None
+        for note in job.document.get("outbox", ()):
+            try:
+                await self._spawn(job, note)
+            except JobExists as error:
+                refused = error
+        settled: Job | None = job
+        if job.document.get("outbox") or not transitions.leaves(job):
+            settled = await self._cas(job, transitions.settled(job, unlink=refused is not None))
+        if settled is not None and not settled.journal and transitions.leaves(settled):
+            await self._move(settled)
+        if refused is not None:
+            raise refused
+
+    async def _spawn(self, parent: Job, note: Mapping[str, Any]) -> None:
+        """Insert the child of a restart; its id is derived, so that any number of tries makes one."""
+        child_id = note["child_id"]
+        if await self._journal.find_one({"_id": child_id}, {"_id": 1}) is not None:
+            return
+        document = parent.document
+        order = JobOrder(
+            name=parent.name,
+            args=parent.args,
+            namespace=parent.namespace,
+            options={name: document[name] for name in DEFAULTS if name in document},
+            unique=document["unique"],
+            keep_stopped=parent.keep_stopped,
+            username=note["by"],
+            hostname=note["hostname"],
+            parent_id=parent.id,
+            category=document.get("category"),
+        )
+        child = jobs.new_document(order, child_id, utcnow())
+        child["trial"] = parent.trial
+        try:
+            await self._insert(child)
+        except JobExists:
+            if not note.get("promised"):
+                raise
+            # A third took the place between two updates. The child's id was given away long before:
+            # it runs beside the third rather than not at all.
+            del child["unique_key"]
+            await self._insert(child)
+
+    async def _is_open(self, child_id: ObjectId, parent: Job) -> bool:
+        found = await self.document(child_id)
+        if found is None:  # noted, not yet made: that is still to come
+            return bool(parent.document.get("outbox"))
+        document, journaled = found
+        return not journaled and document["state"] not in FINAL
+
+    async def _move(self, job: Job) -> None:
+        """Copy to the journal, then delete exactly what was copied; repeatable by anyone at any point."""
+        for _ in range(RETRIES):
+            copy = {
+                key: value for key, value in job.document.items() if key not in ("settle", *transitions.LINE)
+            }
+            try:
+                await self._journal.replace_one({"_id": job.id, "rev": {"$lt": job.rev}}, copy, upsert=True)
+            except DuplicateKeyError:
+                pass  # this revision or a newer one is there
+            deleted = await self._queue.delete_one({"_id": job.id, "rev": job.rev})
+            if deleted.deleted_count:
+                return
+            document = await self._queue.find_one({"_id": job.id})
+            if document is None:
+                return
+            job = Job.from_document(document)
+
+
+def _unstorable(why: str) -> Outcome:
+    return Outcome.failed(f"the result cannot be stored: {transitions.clean(why)[:500]}", [])
