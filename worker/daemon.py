@@ -1,0 +1,625 @@
+"""The worker: shows that it is alive, claims jobs and runs them, and looks after those of the dead."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import random
+import socket
+import time
+import uuid
+from collections import Counter
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from bson import ObjectId
+from pymongo.errors import PyMongoError
+
+from core4 import __version__, signatures
+from core4.catalogue import Catalogue
+from core4.changes import Change, ChangeFeed
+from core4.config import Settings
+from core4.controls import CONTROL, Controls, ControlStore
+from core4.database import Database
+from core4.errors import JobInvalid, LeaseLost, Unavailable
+from core4.jobs import Job, Owner
+from core4.logs import LogStore
+from core4.queues import QUEUE, JobQueue
+from core4.registry import WorkerRegistry
+from core4.schedules import SCHEDULE
+from core4.service import ready
+from core4.worker.executor import Execution
+from core4.worker.gate import Gate
+from core4.worker.handle import Launcher, LauncherDied, Loaded, load_all
+from core4.worker.scheduler import Scheduler
+
+log = logging.getLogger(__name__)
+
+SWEEP_EVERY = 10.0  # seconds between two looks for half-done moves
+GATE_EVERY = 1.0  # seconds between two looks at the machine's load
+RELOAD_EVERY = 1.0  # seconds between two looks at the job files
+SHORT_GRACE = 2.0  # seconds between TERM and KILL when the worker has to go
+LAST_WORDS = 5.0  # seconds for what is written at the very end
+_REFUSALS = 10_000  # jobs whose refusals are counted
+_LAST_DELAY = 60.0  # seconds until a job that was refused again and again is due again
+_FIRST_PAUSE, _LAST_PAUSE = 0.2, 5.0  # seconds between two tries of what the database did not answer
+
+_TROUBLE = (PyMongoError, Unavailable, TimeoutError)
+
+
+class Worker:
+    """One worker; `run` it once.
+
+    The launcher has to be spawned before: the worker closes it, and any that follows it.
+    """
+
+    def __init__(self, database: Database, settings: Settings, launcher: Launcher) -> None:
+        self._settings, self._launcher = settings, launcher
+        self._queue = JobQueue(database, settings)
+        self._logs = LogStore(database)
+        self._catalogue = Catalogue(database)
+        self._registry = WorkerRegistry(database)
+        self._control_store = ControlStore(database)
+        self._controls = Controls()
+        self._halted = asyncio.Event()
+        self._scheduler = Scheduler.of_worker(database, settings, self._queue, lambda: self._controls)
+        self._feed = ChangeFeed(database, [QUEUE, SCHEDULE, CONTROL])
+        self._database = database
+        self._started_at: datetime | None = None  # by the database's clock
+        self._hostname = socket.gethostname()
+        self._slots = settings.slots or len(os.sched_getaffinity(0)) * 2
+        self._loaded = Loaded()
+        self._gate = Gate(settings.max_cpu, settings.min_free_ram)
+        self.owner = self._new_owner()
+        # Held by whoever changes or judges what this worker holds: a claim, a reconcile, a new owner.
+        self._holding = asyncio.Lock()
+        self._executions: dict[ObjectId, Execution] = {}
+        self._tasks: dict[asyncio.Task[None], ObjectId] = {}
+        self._refusals: Counter[ObjectId] = Counter()
+        self._foreign: set[str] = set()  # names that came up and are not known here: not claimed again
+        self._returning: set[asyncio.Task[None]] = set()
+        self._work, self._look, self._launchable = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        self._control = asyncio.Event()
+        self._closing = asyncio.Event()
+        self._failure: asyncio.Future[None] | None = None
+        self._renewed = time.monotonic()  # when the last renewal that succeeded was sent
+        self._contact_since: float | None = None
+
+    async def run(self, stop: asyncio.Event, halt: asyncio.Event | None = None) -> None:
+        """Work until `stop`, then let running jobs end for a while; at once when `halt` is set, too.
+
+        Raises: whatever a part of the worker failed with; its jobs are given back before that.
+        """
+        self._failure = asyncio.get_running_loop().create_future()
+        unlisten = self._feed.listen(self._on_change)
+        parts: list[asyncio.Task[None]] = []
+        try:
+            if not await self._begin(stop):
+                return
+            self._look_at_machine()
+            claiming = self._part(self._claim_jobs())
+            parts = [self._part(part) for part in self._side_parts()]
+            ready(log, worker=self.owner.worker, slots=self._slots, jobs=len(self._loaded.entries))
+            await _first(stop.wait(), self._halted.wait(), self._failure)
+            await self._drain(claiming, halt or asyncio.Event())
+        finally:
+            unlisten()
+            for part in parts:
+                part.cancel()
+            await asyncio.gather(*parts, return_exceptions=True)
+            await self._leave()
+            self._launcher.close()
+        if self._failure.done():
+            self._failure.result()
+
+    def _side_parts(self) -> list[Coroutine[Any, Any, None]]:
+        parts = [
+            self._beat(),
+            self._guard(),
+            self._reconcile(),
+            self._obey(),
+            self._upkeep(),
+            self._watch_machine(),
+            self._feed.run(),
+            self._keep_launcher(),
+        ]
+        if self._settings.scheduler:
+            parts.append(self._scheduler.run(self._closing))
+        return [*parts, self._reload()] if self._settings.reload else parts
+
+    def _part(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Run a part of the worker; if it fails, the worker does."""
+        task = asyncio.create_task(work)
+        task.add_done_callback(self._on_part_done)
+        return task
+
+    def _on_part_done(self, task: asyncio.Future[None]) -> None:
+        if task.cancelled() or (error := task.exception()) is None:
+            return
+        log.critical("worker.failed", exc_info=error)
+        if self._failure is not None and not self._failure.done():
+            self._failure.set_exception(error)
+
+    # ------------------------------------------------------------------ begin and end
+
+    async def _begin(self, stop: asyncio.Event) -> bool:
+        """Load, publish, register; False if the worker is stopped before."""
+        stores = (self._queue, self._logs, self._registry, self._control_store)
+        prepare = [store.prepare for store in stores]
+        beginning = asyncio.ensure_future(self._load_and_announce(prepare))
+        await _first(stop.wait(), beginning)
+        if not beginning.done():
+            beginning.cancel()
+            await asyncio.gather(beginning, return_exceptions=True)
+            return False
+        beginning.result()
+        return True
+
+    async def _load_and_announce(self, prepare: Collection[Callable[[], Awaitable[None]]]) -> None:
+        for step in prepare:
+            await self._insist(step)
+        await self._insist(self._note_start)
+        self._adopt(*await load_all(self._launcher, self._settings, self._settings.jobs))
+        await self._insist(self._publish)
+        await self._insist(self._register)
+
+    async def _note_start(self) -> None:
+        # Before the job files are loaded: a halt that comes meanwhile is meant for this worker, too.
+        self._started_at = self._started_at or await self._database.server_time()
+        await self._read_controls()
+
+    async def _publish(self) -> None:
+        entries = list(self._loaded.entries.values())
+        await self._catalogue.publish(entries)
+        await self._scheduler.publish(entries)
+
+    async def _register(self) -> None:
+        """Announce this owner; comes before its first claim."""
+        sent = time.monotonic()
+        await self._registry.register(
+            self.owner,
+            slots=self._slots,
+            namespaces=self._settings.namespaces,
+            jobs=sorted(self._loaded.entries),
+            version=__version__,
+        )
+        self._renewed = sent
+
+    async def _insist(self, step: Callable[[], Awaitable[None]]) -> None:
+        """Repeat a step until the database has done it."""
+        pause = _FIRST_PAUSE
+        while True:
+            try:
+                return await step()
+            except _TROUBLE as error:
+                log.warning("worker.database_trouble", extra={"error": str(error)[:200], "retry_in": pause})
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, _LAST_PAUSE)
+
+    async def _drain(self, claiming: asyncio.Task[None], halt: asyncio.Event) -> None:
+        """Claim nothing more; give running jobs their time, then take them down."""
+        self._closing.set()
+        self._work.set()
+        log.info("worker.draining", extra={"running": len(self._executions)})
+        await asyncio.wait({claiming}, timeout=LAST_WORDS)
+        claiming.cancel()
+        failed = self._failure is not None and self._failure.done()
+        if self._tasks and not failed:
+            running = asyncio.wait(set(self._tasks))
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._settings.drain):
+                    await _first(halt.wait(), running)
+        for execution in self._executions.values():
+            execution.stop(min(SHORT_GRACE, self._settings.grace))
+        if self._tasks:
+            await asyncio.wait(set(self._tasks), timeout=SHORT_GRACE + 2 * LAST_WORDS)
+
+    async def _leave(self) -> None:
+        """Whatever still runs is ended without a word; what is still held goes back in line."""
+        for execution in self._executions.values():
+            execution.abandon()
+        if self._tasks:
+            await asyncio.wait(set(self._tasks), timeout=LAST_WORDS)
+        try:
+            async with asyncio.timeout(LAST_WORDS):
+                await self._hand_back(self.owner, "the worker stops")
+        except _TROUBLE as error:
+            # The others see that it is gone, only later.
+            log.warning("worker.left_unsaid", extra={"error": str(error)[:200]})
+        log.info("worker.ended", extra={"worker": self.owner.worker})
+
+    # ------------------------------------------------------------------ being alive
+
+    def _new_owner(self) -> Owner:
+        name = f"{self._settings.worker_name}@{self._hostname}"
+        return Owner(uuid.uuid4().hex, name, self._hostname, os.getpid())
+
+    async def _beat(self) -> None:
+        """Renew what says that this worker lives, and with it all its leases."""
+        while True:
+            owner, sent = self.owner, time.monotonic()
+            try:
+                async with asyncio.timeout(self._settings.heartbeat):
+                    alive = await self._registry.beat(
+                        owner,
+                        running=len(self._executions),
+                        draining=self._closing.is_set(),
+                        gate=self._gate.reason,
+                    )
+            except _TROUBLE as error:
+                self._contact_since = None
+                log.warning("worker.beat_failed", extra={"error": str(error)[:200]})
+                await asyncio.sleep(min(self._settings.heartbeat, 1.0))
+                continue
+            if not alive:
+                await self._start_over(owner, "it was declared dead")
+            elif owner is self.owner:
+                self._note_contact(sent)
+                self._look.set()
+                self._control.set()
+            await asyncio.sleep(self._settings.heartbeat)
+
+    def _note_contact(self, sent: float) -> None:
+        # A worker that was frozen has seen nothing in between, although nothing failed.
+        if self._contact_since is None or sent - self._renewed > self._settings.dead_after / 2:
+            self._contact_since = sent
+        self._renewed = sent
+
+    async def _guard(self) -> None:
+        """Give up everything by the own clock before anybody may declare this worker dead."""
+        patience = self._settings.dead_after * 5 / 6
+        while True:
+            left = self._renewed + patience - time.monotonic()
+            if left > 0:
+                await asyncio.sleep(left)
+            else:
+                await self._start_over(self.owner, "it could not renew its leases", hand_back=True)
+
+    async def _start_over(self, owner: Owner, why: str, *, hand_back: bool = False) -> None:
+        """End all jobs of a lost owner without a word, then go on as a new one.
+
+        With `hand_back` its jobs are put back in line, uncharged; else they are the rescuers'.
+        """
+        for execution in self._executions.values():
+            execution.abandon()
+        async with self._holding:
+            if owner is not self.owner:
+                return  # somebody else has noticed, too
+            log.error("worker.leases_lost", extra={"reason": why, "running": len(self._executions)})
+            for execution in self._executions.values():
+                execution.abandon()
+            if self._tasks:
+                await asyncio.wait(set(self._tasks))
+            self.owner = self._new_owner()
+            await self._insist(self._register)
+            if hand_back:
+                # Before anybody may call it a crash: the jobs are not to blame for a lost connection.
+                await self._insist(lambda: self._hand_back(owner, why))
+            self._contact_since = None
+
+    async def _hand_back(self, owner: Owner, reason: str) -> None:
+        """Put back in line what this owner still holds, then let it go."""
+        for job in await self._queue.running(owner.id):
+            log.info("job.released", extra={"job_id": str(job.id), "reason": reason, "delay": 0.0})
+            with contextlib.suppress(LeaseLost):  # somebody else was faster
+                await self._queue.release(job, reason=reason)
+        await self._registry.leave(owner)
+
+    async def _reconcile(self) -> None:
+        """Compare what the database says this worker holds with what it runs."""
+        while True:
+            await self._look.wait()
+            self._look.clear()
+            try:
+                async with self._holding:
+                    await self._reconcile_once()
+            except _TROUBLE as error:
+                log.warning("worker.reconcile_failed", extra={"error": str(error)[:200]})
+                await asyncio.sleep(_FIRST_PAUSE)
+
+    async def _reconcile_once(self) -> None:
+        held = {job.id: job for job in await self._queue.running(self.owner.id)}
+        for job_id, execution in self._executions.items():
+            if job_id not in held or not held[job_id].held_by(execution.lease_id):
+                # Taken away; or its end has just been recorded, then there is nothing to give up.
+                execution.abandon()
+        for job in held.values():
+            execution_of = self._executions.get(job.id)
+            if execution_of is None or not job.held_by(execution_of.lease_id):
+                await self._give_back(job, "its worker does not run it", 0.0)
+            elif job.killed_at is not None:
+                execution_of.kill()
+
+    async def _obey(self) -> None:
+        """Read what operators hold back whenever it may have changed: with each heartbeat at the latest."""
+        while True:
+            await self._control.wait()
+            self._control.clear()
+            try:
+                await self._read_controls()
+            except _TROUBLE as error:
+                log.warning("worker.controls_unread", extra={"error": str(error)[:200]})
+                await asyncio.sleep(_FIRST_PAUSE)
+                self._control.set()
+
+    async def _read_controls(self) -> None:
+        before, self._controls = self._controls, await self._control_store.read()
+        if self._started_at and self._controls.halts(self._started_at) and not self._halted.is_set():
+            log.warning("worker.halted", extra={"halt": str(self._controls.halt)})
+            self._halted.set()
+        if before.pauses == self._controls.pauses:
+            return
+        log.info(
+            "worker.controls", extra={"pauses": [f"{p.scope} {p.target}" for p in self._controls.pauses]}
+        )
+        self._scheduler.wake()
+        if set(before.pauses) - set(self._controls.pauses):
+            # Whoever parked a job of a name that was resumed meanwhile puts it back, too.
+            await self._queue.unpark(self._controls)
+        self._work.set()
+
+    def _on_change(self, change: Change) -> None:
+        if change.collection == CONTROL or change.kind == "resync":
+            self._control.set()
+        if change.collection == CONTROL:
+            return
+        if change.collection == SCHEDULE:
+            self._scheduler.hear(change)
+            return
+        fields = change.fields
+        if change.kind == "resync" or fields.get("due") or fields.get("held") == "worker":
+            self._work.set()
+        flagged = fields.get("killed_at") is not None and change.id in self._executions
+        if flagged or (change.kind == "resync" and self._executions):
+            self._look.set()
+
+    # ------------------------------------------------------------------ claiming
+
+    async def _claim_jobs(self) -> None:
+        pause = _FIRST_PAUSE
+        while not self._closing.is_set():
+            await self._launchable.wait()
+            self._work.clear()
+            try:
+                async with self._holding:
+                    claimed = await self._claim_some()
+                pause = _FIRST_PAUSE
+            except _TROUBLE as error:
+                log.warning("worker.claim_failed", extra={"error": str(error)[:200]})
+                await asyncio.sleep(pause)
+                pause = min(pause * 2, _LAST_PAUSE)
+                continue
+            if not claimed:
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._work.wait(), _jittered(self._settings.poll))
+
+    async def _claim_some(self) -> int:
+        free = self._slots - len(self._executions)
+        if free <= 0 or not self._loaded.entries or self._closing.is_set():
+            return 0
+        if self._controls.of_worker(self.owner.worker):
+            return 0
+        # Some may not fill all slots: then one by one, so that none is claimed to be given back.
+        tight = any(
+            (entry["options"]["max_parallel"] or free) < free for entry in self._loaded.entries.values()
+        )
+        claimed = await self._queue.claim(
+            self.owner,
+            namespaces=self._settings.namespaces,
+            limit=1 if tight else free,
+            full=self._full_names() | self._foreign,
+            forced=self._gate.reason is not None,
+            controls=self._controls,
+        )
+        for job in claimed:
+            self._take(job)
+        return len(claimed)
+
+    async def _watch_machine(self) -> None:
+        while True:
+            await asyncio.sleep(GATE_EVERY)
+            self._look_at_machine()
+
+    def _look_at_machine(self) -> None:
+        """Open or close the gate; said once, however many jobs wait behind it."""
+        if not self._gate.look():
+            return
+        if self._gate.reason is not None:
+            log.warning("skipped job", extra={"reason": self._gate.reason, "starts": "jobs with force only"})
+        else:
+            log.info("worker.gate_open")
+            self._work.set()
+
+    def _full_names(self) -> set[str]:
+        """The names of which this worker runs as many as they allow."""
+        running = Counter(execution.job.name for execution in self._executions.values())
+        return {
+            execution.job.name
+            for execution in self._executions.values()
+            if execution.job.max_parallel is not None
+            and running[execution.job.name] >= execution.job.max_parallel
+        }
+
+    def _take(self, job: Job) -> None:
+        """Run a claimed job, or give it back."""
+        entry = self._loaded.entries.get(job.name)
+        reason = self._refusal(job, entry)
+        if entry is None:
+            self._foreign.add(job.name)
+        if entry is None or reason:
+            delay = self._delay(job.id) if reason != "max_parallel" else 0.0
+            task = asyncio.create_task(self._give_back(job, reason or "unknown", delay))
+            self._returning.add(task)
+            task.add_done_callback(self._returning.discard)
+            return
+        self._refusals.pop(job.id, None)
+        execution = Execution(
+            job,
+            entry,
+            queue=self._queue,
+            logs=self._logs,
+            catalogue=self._catalogue,
+            launcher=self._launcher,
+            settings=self._settings,
+            hostname=self._hostname,
+        )
+        task = self._part(execution.run())
+        self._executions[job.id] = execution
+        self._tasks[task] = job.id
+        task.add_done_callback(self._on_execution_done)
+
+    def _on_execution_done(self, task: asyncio.Task[None]) -> None:
+        self._executions.pop(self._tasks.pop(task), None)
+        self._work.set()
+
+    def _refusal(self, job: Job, entry: Mapping[str, Any] | None) -> str | None:
+        """Why this worker does not run a job that it claimed."""
+        if entry is None:
+            return f"{self.owner.worker} does not know {job.name}"
+        errors = signatures.check(entry["schema"], dict(job.args))
+        if errors:
+            first = f"{errors[0]['pointer']}: {errors[0]['message']}"
+            return f"{self.owner.worker} has another signature of {job.name}: {first}"[:500]
+        # Several of one name may come with one claim.
+        return "max_parallel" if job.name in self._full_names() else None
+
+    def _delay(self, job_id: ObjectId) -> float:
+        """Seconds until a refused job is due again: longer each time, somebody else may take it."""
+        if len(self._refusals) > _REFUSALS:
+            self._refusals.clear()
+            self._foreign.clear()
+        self._refusals[job_id] += 1
+        return float(min(2.0 ** (self._refusals[job_id] - 1), _LAST_DELAY))
+
+    async def _give_back(self, job: Job, reason: str, delay: float) -> None:
+        log.info("job.released", extra={"job_id": str(job.id), "reason": reason, "delay": delay})
+        try:
+            await self._queue.release(job, reason=reason, delay=delay)
+        except LeaseLost:
+            return  # somebody else was faster
+        except _TROUBLE as error:
+            # The next reconcile finds it again.
+            log.warning("job.release_failed", extra={"job_id": str(job.id), "error": str(error)[:200]})
+
+    # ------------------------------------------------------------------ upkeep
+
+    async def _upkeep(self) -> None:
+        """What any worker may do for all: wake what is due, end what has expired, rescue, sweep."""
+        rescued_at = swept_at = time.monotonic()
+        while True:
+            await asyncio.sleep(_jittered(self._settings.poll))
+            now = time.monotonic()
+            try:
+                if await self._queue.promote():
+                    self._work.set()
+                await self._queue.expire()
+                if now - rescued_at >= self._settings.rescue_every:
+                    rescued_at = now
+                    await self._rescue()
+                    await self._queue.wake_held()
+                if now - swept_at >= SWEEP_EVERY:
+                    swept_at = now
+                    await self._queue.sweep()
+                    await self._queue.unpark(self._controls)
+            except _TROUBLE as error:
+                self._contact_since = None
+                log.warning("worker.upkeep_failed", extra={"error": str(error)[:200]})
+                await asyncio.sleep(_jittered(1.0))
+
+    async def _rescue(self) -> None:
+        since = self._contact_since
+        # Whoever was cut off itself cannot say who else is dead: an outage of the database kills nobody.
+        if since is None or time.monotonic() - since < self._settings.dead_after:
+            return
+        for owner in await self._registry.bury(self._settings.dead_after):
+            log.warning("worker.declared_dead", extra={"owner": owner})
+        rescued = await self._queue.rescue(self._registry.alive_ids)
+        if rescued:
+            log.warning("worker.rescued", extra={"jobs": rescued})
+            self._work.set()
+
+    # ------------------------------------------------------------------ launcher and job files
+
+    def _adopt(self, launcher: Launcher, loaded: Loaded) -> None:
+        """From now on jobs come from this launcher; what runs goes on."""
+        if launcher is not self._launcher:
+            self._launcher.close()
+        self._launcher, self._loaded = launcher, loaded
+        self._foreign.clear()
+        self._launchable.set()
+        for problem in loaded.problems:
+            # The exception carries the text, so that it is shown as a traceback is.
+            shown = JobInvalid("".join(problem.traceback)) if problem.traceback else None
+            log.error("jobs.broken", extra={"target": problem.target, "error": problem.error}, exc_info=shown)
+        for entry in loaded.entries.values():
+            log.info("jobs.loaded", extra={"job": entry["_id"], "fresh": entry["fresh"]})
+        if not loaded.entries:
+            log.warning("jobs.none", extra={"targets": list(self._settings.jobs)})
+
+    async def _keep_launcher(self) -> None:
+        """Start another launcher when this one ends; running jobs do not notice."""
+        pause = _FIRST_PAUSE
+        while True:
+            launcher, since = self._launcher, time.monotonic()
+            await launcher.dead.wait()
+            if launcher is not self._launcher:
+                continue  # swapped
+            self._launchable.clear()
+            log.error("launcher.died", extra={"pid": launcher.pid})
+            pause = _FIRST_PAUSE if time.monotonic() - since > _LAST_DELAY else min(pause * 2, _LAST_DELAY)
+            await asyncio.sleep(pause)
+            await self._load_anew()
+
+    async def _load_anew(self) -> None:
+        """Load all job files in another launcher and go on with that."""
+        try:
+            self._adopt(*await load_all(Launcher.spawn(self._settings), self._settings, self._settings.jobs))
+        except (LauncherDied, OSError) as error:
+            log.error("launcher.failed", extra={"error": str(error)})
+            return
+        await self._insist(self._publish)
+        await self._insist(lambda: self._registry.serve(self.owner, sorted(self._loaded.entries)))
+        self._work.set()
+
+    async def _reload(self) -> None:
+        """Load the job files again when one of them changes."""
+        seen = _stamps(self._loaded.files)
+        while True:
+            await asyncio.sleep(RELOAD_EVERY)
+            if _stamps(self._loaded.files) != seen:
+                log.info("jobs.changed")
+                await self._load_anew()
+                seen = _stamps(self._loaded.files)
+
+
+def _stamps(files: Collection[str]) -> dict[str, tuple[int, int] | None]:
+    """What tells that a file has changed; None for one that is not there."""
+    stamps: dict[str, tuple[int, int] | None] = {}
+    for file in files:
+        try:
+            status = Path(file).stat()
+        except OSError:
+            stamps[file] = None
+        else:
+            stamps[file] = status.st_mtime_ns, status.st_size
+    return stamps
+
+
+async def _first(*waits: Awaitable[Any]) -> None:
+    """Wait until one of them is done; the others that are ours are given up."""
+    tasks = {asyncio.ensure_future(wait) for wait in waits}
+    ours = tasks - set(waits)
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in ours:
+            task.cancel()
+
+
+def _jittered(seconds: float) -> float:
+    # Workers that were started together do not ask together.
+    return seconds * random.uniform(0.75, 1.25)

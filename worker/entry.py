@@ -1,0 +1,67 @@
+"""`core4 worker`: one worker in this process, until it is told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import sys
+
+from pymongo.errors import PyMongoError
+
+from core4.config import Settings
+from core4.database import Database
+from core4.errors import ConfigError
+from core4.service import hide_memory, stop_on_signals
+from core4.worker.daemon import Worker
+from core4.worker.handle import Launcher
+
+log = logging.getLogger(__name__)
+
+CONNECT_EVERY = 1.0  # seconds between two tries to reach the database
+
+
+def run(settings: Settings) -> int:
+    """Run a worker in the foreground; the exit code is 1 if it failed. Main thread only.
+
+    Raises: ConfigError on a system that cannot keep job processes together.
+    """
+    if sys.platform != "linux":
+        raise ConfigError(f"a worker needs Linux (subreapers, parent death signals); this is {sys.platform}")
+    # First of all: it must be forked from a process without threads and connections.
+    launcher = Launcher.spawn(settings)
+    # Jobs run as the same user: they must not read the database's password out of this process.
+    hide_memory()
+    try:
+        return asyncio.run(_serve(settings, launcher))
+    finally:
+        launcher.close()
+
+
+async def _serve(settings: Settings, launcher: Launcher) -> int:
+    halt = asyncio.Event()
+    stop = stop_on_signals(halt.set)
+    database = await _connect(settings, stop)
+    if database is None:
+        return 0
+    try:
+        await Worker(database, settings, launcher).run(stop, halt)
+    except Exception:
+        log.critical("worker.ended_by_error", exc_info=True)
+        return 1
+    finally:
+        await database.close()
+    return 0
+
+
+async def _connect(settings: Settings, stop: asyncio.Event) -> Database | None:
+    """The database as soon as it answers; None if the worker is stopped before."""
+    assert settings.mongo_url is not None
+    while not stop.is_set():
+        try:
+            name = f"core4 worker {settings.worker_name}@{socket.gethostname()}"
+            return await Database.connect(settings.mongo_url, settings.mongo_database, app_name=name)
+        except PyMongoError as error:
+            log.warning("database.unreachable", extra={"error": str(error)[:200]})
+            await asyncio.sleep(CONNECT_EVERY)
+    return None

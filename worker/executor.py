@@ -1,0 +1,403 @@
+"""One claimed job, from its process to its outcome."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import signal
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any, Literal, TypeVar
+
+from pymongo.errors import PyMongoError
+
+from core4.catalogue import Catalogue
+from core4.config import Settings
+from core4.errors import LeaseLost, Unavailable
+from core4.jobs import Job, utcnow
+from core4.logs import LEVELS, LogStore
+from core4.options import OPTIONS
+from core4.queues import JobQueue
+from core4.retries import Outcome, decide
+from core4.states import Flag, State
+from core4.worker import protocol
+from core4.worker.children import Children
+from core4.worker.handle import Exit, JobProcess, Launcher, LauncherDied
+from core4.worker.limits import Limits
+from core4.worker.output import JobLog, Splitter
+from core4.worker.protocol import Message, ProtocolError
+
+log = logging.getLogger(__name__)
+
+LOG_PATIENCE = 5.0  # seconds that the finish waits for the last lines to be stored
+PIPE_PATIENCE = 5.0  # seconds for the rest of the output after the last process is gone
+PROGRESS_EVERY = 1.0  # seconds between two progress writes
+_FRAME_MARGIN = 1024 * 1024  # bytes of a frame beside the result in it
+_CHUNK = 64 * 1024
+_FIRST_PAUSE, _LAST_PAUSE = 0.1, 5.0  # seconds between two tries of a write
+_FLAGGED: Mapping[Flag, str] = {  # core4's words
+    "wall": "successfully set non-stop job",
+    "zombie": "successfully set zombie job",
+}
+
+T = TypeVar("T")
+Why = Literal["kill", "limit", "drain", "lost"]
+
+
+class Execution:
+    """Runs one job that this worker holds; `run` once, end it early with `kill`, `stop` or `abandon`."""
+
+    def __init__(
+        self,
+        job: Job,
+        entry: Mapping[str, Any],
+        *,
+        queue: JobQueue,
+        logs: LogStore,
+        catalogue: Catalogue,
+        launcher: Launcher,
+        settings: Settings,
+        hostname: str,
+    ) -> None:
+        assert job.lease is not None
+        self.job, self.lease_id = job, job.lease.id
+        self._entry, self._launcher = entry, launcher
+        self._queue, self._logs, self._settings, self._hostname = queue, logs, settings, hostname
+        self._children = Children(job, queue, catalogue, args_cap=settings.args_cap, hostname=hostname)
+        self._ended: Message | None = None  # the frame with the job's own end
+        self._broken: str | None = None  # what was wrong with a frame
+        self._why: Why | None = None
+        self._limits = Limits(job, self._exceed)
+        self._exceeded: Outcome | None = None
+        self._kill_asked = False
+        self._grace = settings.grace
+        self._stopping, self._lost = asyncio.Event(), asyncio.Event()
+        self._progress: tuple[float, str] | None = None
+        self._progressed, self._reported = asyncio.Event(), asyncio.Event()
+
+    def kill(self) -> None:
+        """End the job on request: TERM, the grace period, KILL; recorded as killed."""
+        self._kill_asked = True
+        self._stop("kill", self._settings.grace)
+
+    def stop(self, grace: float) -> None:
+        """End the job because the worker stops: it goes back in line, uncharged."""
+        self._stop("drain", grace)
+
+    def abandon(self) -> None:
+        """The lease is lost: end all processes at once and write nothing more."""
+        self._stop("lost", 0.0)
+        self._lost.set()
+
+    def _exceed(self, outcome: Outcome, *, at_once: bool = False) -> None:
+        """End the job because of one of its limits; what it says from now on does not count."""
+        if self._ended is None and self._why is None:
+            self._exceeded = outcome
+            self._stop("limit", 0.0 if at_once else self._settings.grace)
+
+    def _stop(self, why: Why, grace: float) -> None:
+        if self._why is None or why == "lost":
+            self._why, self._grace = why, grace
+        self._stopping.set()
+
+    async def run(self) -> None:
+        """Run the job to its outcome and record that."""
+        try:
+            await self._run()
+        except LeaseLost as lost:
+            log.warning("job.lease_lost", extra={"job_id": str(self.job.id), "detail": lost.detail})
+
+    async def _run(self) -> None:
+        try:
+            process = await self._launcher.start(fresh=self._entry["fresh"])
+        except (LauncherDied, OSError) as error:
+            await self._release(f"no process for it: {error}", delay=1.0)
+            return
+        try:
+            if self._stopping.is_set():
+                await self._release("the worker stops")
+                return
+            # The process waits: it has its order only when the start is recorded.
+            self.job = await self._persist(lambda: self._queue.start(self.job, pid=process.pid))
+            if self.job.killed_at is not None:
+                self.kill()  # flagged between claim and start, when nobody listened yet
+            await self._attend(process)
+        finally:
+            process.close()
+
+    async def _attend(self, process: JobProcess) -> None:
+        started = time.monotonic()
+        self._limits.begin()
+        joblog = JobLog(self._logs, self.job, self._hostname, self._settings)
+        writer = asyncio.create_task(joblog.run())
+        joblog.write("INFO", "start execution")
+        log.info("job.started", extra={"job_id": str(self.job.id), "job": self.job.name, "pid": process.pid})
+        try:
+            how = await self._watch(process, joblog)
+            if self._why == "lost":
+                raise LeaseLost(self.job.id, self.lease_id)
+            outcome = self._outcome(how)
+            self._write_end(joblog, outcome, time.monotonic() - started)
+            await joblog.close(writer, LOG_PATIENCE)
+        finally:
+            writer.cancel()
+        await self._record(outcome, joblog.last_seq)
+
+    async def _watch(self, process: JobProcess, joblog: JobLog) -> Exit | None:
+        """Follow the process until nothing of it is left."""
+        readers = [
+            asyncio.create_task(self._read_frames(process, joblog)),
+            asyncio.create_task(self._read_output(process.stdout, "stdout", joblog)),
+            asyncio.create_task(self._read_output(process.stderr, "stderr", joblog)),
+        ]
+        helpers = [
+            asyncio.create_task(self._end_early(process)),
+            asyncio.create_task(self._end_late(process)),
+            asyncio.create_task(self._write_progress()),
+            *map(asyncio.create_task, self._limits.parts(process.pid, partial(self._mark, joblog))),
+        ]
+        try:
+            await process.send(self._order())
+            how = await process.wait()
+            if not self._lost.is_set():
+                await asyncio.wait(readers, timeout=PIPE_PATIENCE)
+            return how
+        finally:
+            for task in (*readers, *helpers):
+                task.cancel()
+            for result in await asyncio.gather(*readers, *helpers, return_exceptions=True):
+                if isinstance(result, Exception):
+                    log.error("job.helper_failed", extra={"job_id": str(self.job.id)}, exc_info=result)
+
+    def _order(self) -> Message:
+        job = self.job
+        return {
+            "job": {
+                "id": str(job.id),
+                "name": job.name,
+                "args": dict(job.args),
+                "attempt": job.trial,
+                "options": {name: job.document.get(name) for name in OPTIONS},
+            },
+            "entry": {name: self._entry[name] for name in ("target", "module", "qualname")},
+            "result_limit": self._settings.result_cap,
+        }
+
+    # ------------------------------------------------------------------ while it runs
+
+    async def _read_frames(self, process: JobProcess, joblog: JobLog) -> None:
+        limit = self._settings.result_cap + _FRAME_MARGIN
+        try:
+            while (message := await protocol.read(process.channel, limit)) is not None:
+                if "enqueue" in message:
+                    await process.send(await self._enqueue(message))
+                else:
+                    self._take(message, joblog)
+                await joblog.room()
+        except ProtocolError as error:
+            self._broken = error.detail
+            process.kill()
+        except LeaseLost:
+            self.abandon()
+
+    async def _enqueue(self, message: Message) -> Message:
+        """Enqueue what the job asks for; it waits for the answer.
+
+        Raises: ProtocolError; LeaseLost.
+        """
+        try:
+            return await self._children.enqueue(message["enqueue"], self._persist)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ProtocolError(f"a frame of the job makes no sense: {error!r:.200}") from None
+
+    def _take(self, message: Message, joblog: JobLog) -> None:
+        """One frame of the job, which may be anything.
+
+        Raises: ProtocolError.
+        """
+        try:
+            if "log" in message:
+                _write_record(joblog, message["log"])
+            elif "progress" in message:
+                value, text = float(message["progress"]["value"]), str(message["progress"]["message"])
+                # In this order a NaN becomes 0.
+                self._progress = min(max(0.0, value), 1.0), text[: protocol.TEXT_LIMIT]
+                self._progressed.set()
+                self._limits.heard()
+            elif self._ended is None:
+                self._ended = _checked_end(message)
+                self._reported.set()
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            raise ProtocolError(f"a frame of the job makes no sense: {error!r:.200}") from None
+
+    async def _read_output(self, source: asyncio.StreamReader, name: str, joblog: JobLog) -> None:
+        splitter = Splitter()
+        while data := await source.read(_CHUNK):
+            if joblog.cut:
+                continue  # read, so that the job goes on; a flood must not keep the worker from its heartbeat
+            for line in splitter.feed(data):
+                joblog.write_output("INFO", line, source=name)
+            await joblog.room()
+        for line in splitter.end():
+            joblog.write_output("INFO", line, source=name)
+
+    async def _end_early(self, process: JobProcess) -> None:
+        """The ladder: TERM, grace, KILL; a lost lease has no time for that, nor has a machine for memory."""
+        await self._stopping.wait()
+        if self._grace > 0:
+            process.terminate()
+            await _either(self._lost, self._grace)
+        process.kill()
+
+    async def _end_late(self, process: JobProcess) -> None:
+        """A process that has reported its end has to go."""
+        await self._reported.wait()
+        await asyncio.sleep(self._settings.grace)
+        process.kill()
+
+    async def _write_progress(self) -> None:
+        pause = PROGRESS_EVERY
+        while True:
+            await self._progressed.wait()
+            self._progressed.clear()
+            assert self._progress is not None
+            try:
+                await self._queue.progress(self.job, *self._progress)
+                pause = PROGRESS_EVERY
+            except LeaseLost:
+                self.abandon()
+                return
+            except PyMongoError as error:
+                log.warning(
+                    "job.progress_delayed", extra={"job_id": str(self.job.id), "error": str(error)[:200]}
+                )
+                pause = min(pause * 2, _LAST_PAUSE)
+                self._progressed.set()
+            await asyncio.sleep(pause)
+
+    async def _mark(self, joblog: JobLog, what: Flag, reason: str) -> None:
+        """Store a flag; once per job, however many attempts exceed the time."""
+        if self.job.document.get(f"{what}_at") is not None:
+            return
+        try:
+            self.job = await self._persist(lambda: self._queue.flag(self.job, what, reason=reason))
+        except LeaseLost:
+            self.abandon()
+            return
+        joblog.write("WARNING", _FLAGGED[what])
+        log.warning("job.flagged", extra={"job_id": str(self.job.id), "reason": reason})
+
+    # ------------------------------------------------------------------ the end
+
+    def _outcome(self, how: Exit | None) -> Outcome | None:
+        """What the attempt came to; None if it does not count and the job goes back in line."""
+        if self._exceeded is not None:
+            return self._exceeded
+        ended = self._ended or {}
+        if "complete" in ended:
+            return Outcome.complete(ended["complete"]["result"])
+        if self._why == "kill":
+            return Outcome.killed("killed on request")
+        if "deferred" in ended:
+            return Outcome.deferred(ended["deferred"]["message"])
+        if self._why == "drain":
+            return None
+        if "failed" in ended:
+            return Outcome.failed(ended["failed"]["message"], ended["failed"]["traceback"])
+        return Outcome.crashed(self._broken or _described(how))
+
+    def _write_end(self, joblog: JobLog, outcome: Outcome | None, seconds: float) -> None:
+        if outcome is None:
+            joblog.write("WARNING", f"execution given up after [{seconds:.1f}] sec.: the worker stops")
+            return
+        seen = replace(self.job, killed_at=utcnow()) if self._kill_asked else self.job
+        state = decide(seen, outcome, utcnow()).state
+        message = f"done execution with [{state}] after [{seconds:.1f}] sec."
+        if state in (State.FAILED, State.ERROR):
+            exception = {"info": outcome.exception or "", "text": outcome.traceback or []}
+            joblog.write("CRITICAL", message, exception=exception)
+        else:
+            joblog.write("INFO", message)
+        log.info(
+            "job.ended", extra={"job_id": str(self.job.id), "state": state, "seconds": round(seconds, 3)}
+        )
+
+    async def _record(self, outcome: Outcome | None, log_seq: int) -> None:
+        if outcome is None:
+            await self._release("the worker stops")
+        else:
+            await self._persist(lambda: self._queue.finish(self.job, outcome, log_seq=log_seq))
+
+    async def _release(self, reason: str, *, delay: float = 0.0) -> None:
+        await self._persist(lambda: self._queue.release(self.job, reason=reason, delay=delay))
+
+    async def _persist(self, write: Callable[[], Awaitable[T]]) -> T:
+        """Repeat a write that is safe to repeat until it is done or the lease is lost.
+
+        Raises: LeaseLost.
+        """
+        pause = _FIRST_PAUSE
+        while not self._lost.is_set():
+            try:
+                return await write()
+            except (PyMongoError, Unavailable) as error:
+                log.warning(
+                    "job.write_delayed", extra={"job_id": str(self.job.id), "error": str(error)[:200]}
+                )
+            await _either(self._lost, pause)
+            pause = min(pause * 2, _LAST_PAUSE)
+        raise LeaseLost(self.job.id, self.lease_id)
+
+
+def _write_record(joblog: JobLog, record: Mapping[str, Any]) -> None:
+    level, epoch = record["level"], record["epoch"]
+    exception = record.get("exception")
+    joblog.write_output(
+        level if level in LEVELS else "INFO",
+        str(record["message"]),
+        epoch=float(epoch) if _is_epoch(epoch) else None,
+        exception=None
+        if exception is None
+        else {"info": str(exception["info"]), "text": [str(line) for line in exception["text"]]},
+    )
+
+
+def _is_epoch(value: Any) -> bool:
+    return (
+        isinstance(value, int | float) and math.isfinite(value) and 0 <= value < 253_402_300_800
+    )  # year 10000
+
+
+def _checked_end(message: Message) -> Message:
+    if "complete" in message:
+        return {"complete": {"result": message["complete"]["result"]}}
+    kind = "deferred" if "deferred" in message else "failed"
+    end = message[kind]
+    return {kind: {"message": str(end["message"]), "traceback": [str(line) for line in end["traceback"]]}}
+
+
+def _described(how: Exit | None) -> str:
+    if how is None:
+        return "the job process and its keeper were lost"
+    if how.signal is not None:
+        return f"the job process was ended by signal {how.signal} ({_signal_name(how.signal)})"
+    return f"the job process ended with exit code {how.code} before it returned a result"
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return "a real-time signal"
+
+
+async def _either(event: asyncio.Event, seconds: float) -> bool:
+    """Wait for an event, `seconds` at most; True if it is set."""
+    try:
+        await asyncio.wait_for(event.wait(), seconds)
+    except TimeoutError:
+        return False
+    return True

@@ -1,0 +1,216 @@
+"""The job process: runs one attempt and reports it through its channel.
+
+Forked by the keeper with the job's module already imported, or, for modules that start threads on import,
+a fresh interpreter (``python -m core4.worker.process``). It has no credentials and no database: everything
+it has to say goes through file descriptor 3 as frames.
+
+in:   {"job": {id, name, args, attempt, options}, "entry": {target, module, qualname}, "result_limit": bytes}
+      and for each enqueue {"enqueued": id} or {"refused": {reason, detail}}
+out:  {"log": {...}}, {"progress": {...}} and {"enqueue": {name, args}} any number of times, then one of
+      {"complete": {"result": ...}}, {"failed": {"message", "traceback"}}, {"deferred": {"message"}}
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import signal
+import socket
+import sys
+import threading
+import traceback
+from collections.abc import Mapping
+from typing import Any, TextIO
+
+from core4 import discovery
+from core4.context import Ended, JobContext, safe_repr
+from core4.errors import EnqueueRefused
+from core4.tasks import CoreJob, perform
+from core4.worker import protocol
+from core4.worker.keeper import CHANNEL
+from core4.worker.protocol import TEXT_LIMIT, Message
+
+_LEVELS = ((50, "CRITICAL"), (40, "ERROR"), (30, "WARNING"), (20, "INFO"))
+
+
+class Channel:
+    """The way to the worker. A forked child of the job has none: it would mix its frames into the job's."""
+
+    def __init__(self, fd: int) -> None:
+        self._socket: socket.socket | None = socket.socket(fileno=fd)
+        self._lock, self._asking = threading.Lock(), threading.Lock()
+        os.register_at_fork(after_in_child=self._detach)
+
+    @property
+    def attached(self) -> bool:
+        """True in the job process itself."""
+        return self._socket is not None
+
+    def receive(self) -> Message | None:
+        """The order of the worker, None if it is gone."""
+        return protocol.receive(self._socket) if self._socket else None
+
+    def send(self, message: Message) -> None:
+        """Send a frame, waiting for the worker to take it. Does nothing in a forked child."""
+        data = protocol.encode(message)
+        with self._lock:
+            if self._socket is not None:
+                self._socket.sendall(data)
+
+    def ask(self, message: Message) -> Message | None:
+        """Send a frame and wait for its answer; None if the worker is gone, or in a forked child."""
+        with self._asking:
+            self.send(message)
+            return self.receive()
+
+    def _detach(self) -> None:
+        self._lock, self._asking = threading.Lock(), threading.Lock()
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+
+
+class ChannelHandler(logging.Handler):
+    """Sends the records of the job to its worker; those of the job's forked children go to standard error."""
+
+    def __init__(self, channel: Channel) -> None:
+        super().__init__()
+        self._channel = channel
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            if self._channel.attached:
+                self._channel.send({"log": _packed(record)})
+            else:
+                print(f"{record.levelname} {record.getMessage()}", file=sys.stderr)
+        except Exception:
+            self.handleError(record)
+
+
+def run(fd: int = CHANNEL) -> None:
+    """Run the job that the worker orders on `fd`; returns when all is reported."""
+    os.set_inheritable(fd, False)  # programs that the job starts have no part in it
+    channel = Channel(fd)
+    order = channel.receive()
+    if order is None:
+        return
+    sys.excepthook = sys.__excepthook__
+    threading.excepthook = threading.__excepthook__
+    _reseed()
+    ended = _attempt(channel, order)
+    _flush()
+    if channel.attached:
+        channel.send({ended.kind: _report(ended)})
+    elif ended.kind == "failed":  # a forked child that came back out of `execute`
+        print("".join(ended.traceback) or ended.message, file=sys.stderr)
+
+
+def _attempt(channel: Channel, order: Message) -> Ended:
+    job = order["job"]
+    _log_to(channel, job["name"])
+    try:
+        job_class = discovery.locate(order["entry"])
+    except BaseException as error:
+        return Ended.failed(error, discovery.users_frames(error.__traceback__))
+    _log_to(channel, job["name"], job_class)  # the import may have set up a logging of its own
+
+    def report(value: float, message: str) -> None:
+        channel.send({"progress": {"value": value, "message": message[:TEXT_LIMIT]}})
+
+    def enqueue(name: str, args: Mapping[str, Any]) -> str:
+        answer = channel.ask({"enqueue": {"name": name, "args": dict(args)}})
+        if answer is None:
+            raise EnqueueRefused("only the job's own process can enqueue", reason="no_queue")
+        if "enqueued" in answer:
+            return str(answer["enqueued"])
+        raise EnqueueRefused(answer["refused"]["detail"], reason=answer["refused"]["reason"])
+
+    context = JobContext(job["id"], job["name"], job["args"], job["attempt"], job["options"], report, enqueue)
+    return perform(job_class, context, result_limit=order["result_limit"])
+
+
+def _report(ended: Ended) -> Message:
+    if ended.kind == "complete":
+        return {"result": ended.result}
+    return {"message": ended.message, "traceback": list(ended.traceback)}
+
+
+def _log_to(channel: Channel, name: str, job_class: type[CoreJob] | None = None) -> None:
+    root = logging.getLogger()
+    root.handlers[:] = [ChannelHandler(channel)]
+    root.setLevel(logging.INFO)
+    logging.disable(logging.NOTSET)
+    # All that the job says itself, and from the libraries it uses what matters.
+    logging.getLogger(name).setLevel(logging.DEBUG)
+    if job_class is not None:
+        logging.getLogger(job_class.qual_name).setLevel(logging.DEBUG)
+        logging.getLogger(job_class.__module__).setLevel(logging.DEBUG)
+
+
+def _packed(record: logging.LogRecord) -> Message:
+    level = next((name for number, name in _LEVELS if record.levelno >= number), "DEBUG")
+    packed: Message = {
+        "epoch": record.created,
+        "level": level,
+        "message": record.getMessage()[: TEXT_LIMIT + 1],  # one more, so that the worker sees that it is cut
+    }
+    if record.exc_info and record.exc_info[1] is not None:
+        text = traceback.format_exception(*record.exc_info)
+        packed["exception"] = {
+            "info": safe_repr(record.exc_info[1]),
+            "text": [line[:TEXT_LIMIT] for line in text[-200:]],
+        }
+    return packed
+
+
+def prepare_streams() -> None:
+    """Print line by line, so that output is seen while the job runs; and no text fails to be printed.
+
+    Done once at the start of an interpreter: a stream made for a file cannot be changed any more when its
+    descriptor has become a pipe.
+    """
+    for fd, name in ((1, "stdout"), (2, "stderr")):
+        stream: Any = getattr(sys, name)
+        if stream is None or not hasattr(stream, "reconfigure"):
+            stream = os.fdopen(fd, "w", closefd=False)
+            setattr(sys, name, stream)
+        stream.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)
+
+
+def _flush() -> None:
+    streams: tuple[TextIO | None, ...] = (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__)
+    for stream in streams:
+        try:
+            if stream is not None:
+                stream.flush()
+        except (OSError, ValueError):
+            continue  # closed by the job
+
+
+def _reseed() -> None:
+    """No two jobs draw the same numbers, although they are copies of one process."""
+    random.seed()
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        numpy.random.seed()
+
+
+def main() -> None:
+    """Entry of a fresh interpreter; the keeper has prepared everything but Python itself."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    prepare_streams()
+    discovery.see_working_folder()
+    code = 70
+    try:
+        run()
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        _flush()
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    main()
