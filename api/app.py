@@ -1,0 +1,179 @@
+"""The API process: what it is made of, how it starts and how it stops."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import resource
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+
+from aiohttp import web
+from pymongo.errors import PyMongoError
+
+from core4.api.browsers import add_headers, origins
+from core4.api.errors import ProblemProtocol, problems
+from core4.api.hub import Hub
+from core4.api.keys import (
+    CATALOGUE,
+    CONTROLS,
+    DATABASE,
+    HUB,
+    LOGS,
+    QUEUE,
+    SCHEDULES,
+    SETTINGS,
+    THROTTLE,
+    USERS,
+    WORKERS,
+)
+from core4.api.routes import add_routes
+from core4.api.throttle import Throttle
+from core4.catalogue import Catalogue
+from core4.changes import ChangeFeed
+from core4.config import Settings
+from core4.controls import ControlStore
+from core4.database import Database
+from core4.errors import ConfigError
+from core4.logs import LOG, LogStore
+from core4.queues import JOURNAL, JobQueue
+from core4.queues import QUEUE as QUEUE_COLLECTION
+from core4.registry import WorkerRegistry
+from core4.schedules import ScheduleStore
+from core4.service import hide_memory, ready, stop_on_signals
+from core4.users import UserStore
+
+log = logging.getLogger(__name__)
+
+# Requests are not logged one by one; aiohttp asks the logger before it makes a line.
+_silent = logging.getLogger("aiohttp.access")
+_silent.setLevel(logging.WARNING)
+
+BACKLOG = 4096  # connections that may wait to be accepted: followers all come back at once
+IDLE = 75.0  # seconds that a connection is kept between two requests
+SHUTDOWN = 2.0  # seconds that open requests get to end
+
+
+def create_app(settings: Settings, database: Database) -> web.Application:
+    """The application on a database that is connected; the caller closes that."""
+    app = web.Application(middlewares=[problems, origins], client_max_size=settings.max_body)
+
+    app[SETTINGS] = settings
+    app[DATABASE] = database
+    app[QUEUE] = JobQueue(database, settings)
+    app[LOGS] = LogStore(database)
+    app[CATALOGUE] = Catalogue(database)
+    app[SCHEDULES] = ScheduleStore(database)
+    app[WORKERS] = WorkerRegistry(database)
+    app[CONTROLS] = ControlStore(database)
+    app[USERS] = UserStore(database, settings)
+    app[THROTTLE] = Throttle()
+    feed = ChangeFeed(database, [QUEUE_COLLECTION, JOURNAL, LOG])
+    app[HUB] = Hub(feed, app[QUEUE], app[LOGS], buffer=settings.sse_buffer)
+
+    add_routes(app)
+
+    app.on_response_prepare.append(add_headers)
+    app.cleanup_ctx.append(_indexes)
+    app.cleanup_ctx.append(_users)
+    app.cleanup_ctx.append(_hub)
+    app.on_shutdown.append(_cut_streams)
+    return app
+
+
+async def _indexes(app: web.Application) -> AsyncIterator[None]:
+    for store in (app[QUEUE], app[LOGS], app[WORKERS], app[CONTROLS], app[USERS]):
+        await store.prepare()
+    yield
+
+
+async def _users(app: web.Application) -> AsyncIterator[None]:
+    yield
+    app[USERS].close()
+
+
+async def _hub(app: web.Application) -> AsyncIterator[None]:
+    task = asyncio.create_task(app[HUB].run(), name="hub")
+    yield
+    task.cancel()
+    with suppress(asyncio.CancelledError):
+        await task
+
+
+async def _cut_streams(app: web.Application) -> None:
+    # No `close`: it would say that the jobs have ended. Followers come back where they stopped.
+    app[HUB].cut()
+
+
+@asynccontextmanager
+async def listen(app: web.Application, host: str, port: int) -> AsyncIterator[int]:
+    """Serve `app` within the block, which gets the port.
+
+    Raises: OSError if the address cannot be used.
+    """
+    # With cancellation a follower who leaves is noticed at once, not at the next write.
+    runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=SHUTDOWN)
+    await runner.setup()
+    try:
+        loop, manager = asyncio.get_running_loop(), runner.server
+        assert manager is not None
+
+        def connected() -> ProblemProtocol:
+            # Bodies are small: what a compressed one becomes is not worth finding out.
+            return ProblemProtocol(
+                manager, loop=loop, access_log=_silent, auto_decompress=False, keepalive_timeout=IDLE
+            )
+
+        server = await loop.create_server(connected, host, port, backlog=BACKLOG)
+        try:
+            yield server.sockets[0].getsockname()[1]
+        finally:
+            server.close()
+    finally:
+        await runner.cleanup()
+
+
+def main(settings: Settings) -> None:
+    """Run the API until SIGTERM or SIGINT.
+
+    Raises: SystemExit 1 with a message on stderr if it cannot start; ConfigError without a database.
+    """
+    if not settings.mongo_url:
+        raise ConfigError("CORE4_MONGO_URL is not set: name a database, or start everything with `core4 up`")
+    hide_memory()
+    _allow_files()
+    try:
+        asyncio.run(_serve(settings, settings.mongo_url))
+    except PyMongoError as error:
+        # What follows the bracket are the driver's insides.
+        sys.exit(f"core4 api: the database does not answer: {str(error).partition(' (configured')[0][:200]}")
+    except OSError as error:
+        sys.exit(f"core4 api: {_why(error, settings)}")
+
+
+def _allow_files() -> None:
+    """As many open files as the system grants: followers are many, and the usual soft limit is 1024."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError, OSError):  # macOS grants less than it says
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+async def _serve(settings: Settings, url: str) -> None:
+    database = await Database.connect(url, settings.mongo_database, app_name="core4-api")
+    try:
+        stop = stop_on_signals()
+        async with listen(create_app(settings, database), settings.host, settings.port) as port:
+            ready(log, host=settings.host, port=port)
+            await stop.wait()
+            log.info("stopping")
+    finally:
+        await database.close()
+
+
+def _why(error: OSError, settings: Settings) -> str:
+    address = f"{settings.host}:{settings.port}"
+    if error.errno == errno.EADDRINUSE:
+        return f"address {address} is in use by another program; choose another with CORE4_PORT or --port"
+    return f"cannot listen on {address}: {error.strerror or error}"

@@ -1,0 +1,91 @@
+"""The arguments of a request: query string and JSON body in one, for every method (core4.md 1.1)."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
+
+from aiohttp import web
+from marshmallow import RAISE, Schema, ValidationError
+from webargs.aiohttpparser import AIOHTTPParser
+
+from core4.errors import BadRequest
+
+BODY_TIME = 10.0  # seconds within which a body has to arrive
+
+_MERGED = "merged"
+_parser = AIOHTTPParser(location=_MERGED, unknown=RAISE)
+
+
+async def parse(schema: type[Schema], request: web.Request) -> dict[str, Any]:
+    """The checked arguments of a request.
+
+    Raises: BadRequest naming what is wrong; HTTPException 413 or 415 for a body that is not read.
+    """
+    parsed: dict[str, Any] = await _parser.parse(schema(), request)
+    return parsed
+
+
+@_parser.location_loader(_MERGED)
+async def _merged(request: web.Request, schema: Schema) -> dict[str, Any]:
+    # Iterating a query repeats a name in order, so that its last value stands; a body beats it.
+    query = dict(request.query.items())
+    return {**query, **await _body(request)}
+
+
+async def _body(request: web.Request) -> dict[str, Any]:
+    try:
+        async with asyncio.timeout(BODY_TIME):
+            raw = await request.read()
+    except TimeoutError:
+        raise web.HTTPRequestTimeout(text=f"the body has not arrived within {BODY_TIME:g} s") from None
+    if not raw.strip():
+        return {}
+    _check_type(request)
+    try:
+        body = json.loads(raw.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise BadRequest(f"the body is not UTF-8: {error.reason} at byte {error.start}") from None
+    except json.JSONDecodeError as error:
+        raise BadRequest(f"the body is not JSON: {error.msg} at character {error.pos}") from None
+    except RecursionError:
+        raise BadRequest("the body is nested too deeply") from None
+    except ValueError:  # a number of more digits than Python converts
+        raise BadRequest("the body has a number that is too long") from None
+    if not isinstance(body, dict):
+        raise BadRequest("the body is JSON, but not an object")
+    return body
+
+
+def _check_type(request: web.Request) -> None:
+    if request.headers.get("Content-Encoding", "identity").lower() != "identity":
+        raise web.HTTPUnsupportedMediaType(text="a body must not be compressed")
+    if "Content-Type" not in request.headers:
+        return
+    kind = request.content_type
+    is_json = kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))
+    if is_json and (request.charset or "utf-8").lower() in ("utf-8", "utf8", "us-ascii"):
+        return
+    raise web.HTTPUnsupportedMediaType(
+        text="a body must be JSON in UTF-8: send it with the header `Content-Type: application/json`"
+    )
+
+
+@_parser.error_handler
+def _refuse(error: ValidationError, *_: object, **__: object) -> NoReturn:
+    messages: Mapping[str, Sequence[str]] = error.messages_dict.get(_MERGED, {})
+    texts = [_text(name, message) for name, found in messages.items() for message in found]
+    raise BadRequest("; ".join(texts[:5]) or "arguments not accepted")
+
+
+def _text(name: str, message: str) -> str:
+    """marshmallow's messages that do not name the argument, with it."""
+    name = str(name)[:100]
+    known = {
+        "Missing argument": f"Missing argument {name}",
+        "unknown argument": f"unknown argument [{name}]",
+        "Field may not be null.": f"parameter [{name}] must not be null",
+    }
+    return known.get(message, message)

@@ -1,0 +1,108 @@
+"""Who is calling: basic authentication, bearer tokens, the browser's cookie and stream tickets."""
+
+from __future__ import annotations
+
+import binascii
+from base64 import b64decode
+from urllib.parse import urlsplit
+
+from aiohttp import web
+
+from core4.api.keys import THROTTLE, TOKEN, TOKEN_TEXT, USERS
+from core4.config import is_loopback
+from core4.errors import TooManyRequests, Unauthenticated
+from core4.users import DEFAULT_USER, User
+
+COOKIE = "token"
+_SAFE = ("GET", "HEAD")
+
+
+async def authenticate(request: web.Request, *, ticket: bool = False) -> User:
+    """The user who sends a request; `ticket` where a stream ticket will do.
+
+    Raises: Unauthenticated, TooManyRequests.
+    """
+    scheme, _, credentials = request.headers.get("Authorization", "").strip().partition(" ")
+    match scheme.lower():
+        case "basic":
+            return await sign_in(request, *_decoded(credentials.strip()))
+        case "bearer":
+            return await _bearer(request, credentials.strip())
+        case "":
+            return await _browser(request, ticket=ticket)
+    raise Unauthenticated(f"the authentication scheme [{scheme[:30]}] is neither Basic nor Bearer")
+
+
+async def sign_in(request: web.Request, name: str, password: str) -> User:
+    """The user of this name and password. Only a guess counts: what is known to be right does not.
+
+    Raises: Unauthenticated, TooManyRequests.
+    """
+    if (name.lower(), password) == DEFAULT_USER and not is_loopback(_host(request)):
+        # Everybody knows them. A page whose name leads to this machine (DNS rebinding) may try them from
+        # the browser of somebody who works here, or a proxy may let others in.
+        raise Unauthenticated(
+            "the default credentials are good under http://localhost only; "
+            f"change them with `core4 user passwd {DEFAULT_USER[0]}`"
+        )
+    throttle = request.app[THROTTLE]
+    key = (name.lower()[:200], request.remote)
+    guessed = False
+
+    def before_check() -> None:
+        nonlocal guessed
+        wait = throttle.take(key)
+        if wait:
+            raise TooManyRequests(wait, "too many wrong passwords, try again later")
+        guessed = True
+
+    user = await request.app[USERS].verify(name, password, before_check=before_check)
+    if user is None:
+        raise Unauthenticated("user name or password is wrong")
+    if guessed:
+        throttle.give_back(key)
+    return user
+
+
+async def _bearer(request: web.Request, text: str) -> User:
+    users = request.app[USERS]
+    accepted = await users.accept(text)
+    if accepted is None:
+        raise Unauthenticated("the token is unknown, expired or revoked")
+    request[TOKEN], request[TOKEN_TEXT] = accepted, text
+    return accepted.user
+
+
+async def _browser(request: web.Request, *, ticket: bool) -> User:
+    if ticket and request.query.get("ticket"):
+        user = await request.app[USERS].redeem(request.query["ticket"])
+        if user is None:
+            raise Unauthenticated("the ticket is unknown, expired or used")
+        return user
+    # A cookie is sent by whatever page makes the browser ask: good for reading, never for changing.
+    if request.method in _SAFE and request.cookies.get(COOKIE):
+        return await _bearer(request, request.cookies[COOKIE])
+    raise Unauthenticated
+
+
+def _host(request: web.Request) -> str:
+    """The name under which the client knows us, without the port."""
+    try:
+        return urlsplit(f"//{request.host}").hostname or ""
+    except ValueError:
+        return ""
+
+
+def _decoded(credentials: str) -> tuple[str, str]:
+    try:
+        raw = b64decode(credentials, validate=True)
+    except (binascii.Error, ValueError):
+        raise Unauthenticated("the basic credentials are not base64") from None
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError:
+        text = raw.decode("latin-1")  # what Python's requests sends
+    name, colon, password = text.partition(":")
+    if not colon:
+        raise Unauthenticated("the basic credentials have no colon")
+    return name, password

@@ -1,0 +1,50 @@
+"""Handlers of `/control`: pause and resume, and the end of all workers. For administrators."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from aiohttp import web
+
+from core4.api.envelope import reply
+from core4.api.keys import CONTROLS, QUEUE, USER
+from core4.controls import view
+from core4.errors import Forbidden
+
+Args = dict[str, Any]
+
+
+async def show(request: web.Request, args: Args) -> web.Response:
+    """GET control: what is paused, by whom and why, and how many of its jobs run and are held."""
+    _require_cop(request)
+    running, waiting = await request.app[QUEUE].load()
+    return reply(request, view(await request.app[CONTROLS].read(), running, waiting))
+
+
+async def pause(request: web.Request, args: Args) -> web.Response:
+    """PUT control/pause: start no more of these jobs; those that run go on."""
+    user = _require_cop(request)
+    made = await request.app[CONTROLS].pause(args["scope"], args["target"], by=user, reason=args["reason"])
+    return reply(request, vars(made))
+
+
+async def resume(request: web.Request, args: Args) -> web.Response:
+    """PUT control/resume: end a pause; true if there was one."""
+    _require_cop(request)
+    ended = await request.app[CONTROLS].resume(args["scope"], args["target"])
+    # Also if there was none: somebody may have died between these two.
+    await request.app[QUEUE].unpark(await request.app[CONTROLS].read())
+    return reply(request, ended)
+
+
+async def halt(request: web.Request, args: Args) -> web.Response:
+    """PUT control/halt: end all workers that are up now, as a SIGTERM would."""
+    user = _require_cop(request)
+    return reply(request, vars(await request.app[CONTROLS].halt(by=user, reason=args["reason"])))
+
+
+def _require_cop(request: web.Request) -> str:
+    user = request[USER]
+    if not user.may.cop:
+        raise Forbidden(f"user [{user.name}] has no right to control the workers")
+    return user.name

@@ -1,0 +1,68 @@
+"""The one form of every answer: core4's envelope."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from http import HTTPStatus
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from aiohttp import web
+from bson import ObjectId
+
+from core4.api.encoding import dumps
+from core4.api.keys import REQUEST_ID
+from core4.queues import Page
+
+JSON = "application/json"
+
+
+def _version() -> str:
+    try:
+        return version("core4-jobs")
+    except PackageNotFoundError:  # run from a folder that was never installed
+        return "0"
+
+
+VERSION = _version()
+PRODUCT = f"core4-jobs/{VERSION}"
+
+
+def envelope(request_id: ObjectId, status: int) -> dict[str, Any]:
+    """The members that every answer has."""
+    return {
+        "_id": request_id,
+        "version": PRODUCT,
+        "timestamp": datetime.now(UTC),
+        "message": HTTPStatus(status).phrase,
+        "code": status,
+    }
+
+
+def reply(
+    request: web.Request,
+    data: Any,
+    *,
+    flash: Sequence[str] = (),
+    headers: Mapping[str, str] | None = None,
+    **beside: Any,
+) -> web.Response:
+    """A successful answer: `data`, members `beside` it and warnings in `flash`."""
+    body = {**envelope(request[REQUEST_ID], 200), "data": data, **beside}
+    if flash:
+        body["flash"] = [{"level": "WARNING", "message": message} for message in flash]
+    return web.Response(text=dumps(body), content_type=JSON, headers=headers)
+
+
+def page_reply(request: web.Request, page: Page, rows: Sequence[Any]) -> web.Response:
+    """One page of a listing; core4's pager counts in a float."""
+    return reply(
+        request,
+        list(rows),
+        page=page.page,
+        per_page=page.per_page,
+        page_count=-(-page.total // page.per_page),
+        total_count=float(page.total),
+        count=len(rows),
+    )

@@ -1,0 +1,194 @@
+"""Every error becomes one body here: core4's envelope and RFC 9457 in one object."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from http import HTTPStatus
+from math import ceil
+from typing import Any
+
+from aiohttp import web
+from bson import ObjectId
+from bson.errors import BSONError
+from pymongo.errors import DocumentTooLarge, OperationFailure, PyMongoError
+
+from core4.api.encoding import dumps
+from core4.api.envelope import envelope
+from core4.api.keys import REQUEST_ID
+from core4.errors import BadRequest, Core4Error, TooLarge, Unauthenticated, Unavailable
+
+log = logging.getLogger(__name__)
+
+PROBLEM = "application/problem+json"
+HEAD_TIME = 10.0  # seconds within which the head of a connection's first request has to arrive
+RETRY = 2  # seconds after which a client should ask a database again that does not answer
+_GOING_DOWN = {91, 189, 10107, 11600, 11602, 13435, 13436}  # codes of a server that is being replaced
+_KEPT = ("Allow", "Retry-After")
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+@web.middleware
+async def problems(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Give the request its id and turn whatever is raised into a problem; nothing else does."""
+    request[REQUEST_ID] = ObjectId()
+    if isinstance(request.protocol, ProblemProtocol):
+        request.protocol.heard()
+    try:
+        return await handler(request)
+    except web.HTTPException as error:
+        if error.status < 400:
+            raise
+        headers = {name: error.headers[name] for name in _KEPT if name in error.headers}
+        return problem(request, error.status, _http_detail(error), headers=headers)
+    except Core4Error as error:
+        return _answer(request, error)
+    except (BSONError, DocumentTooLarge, PyMongoError, web.RequestPayloadError) as error:
+        known = _known(error)
+        if known is None:
+            return _unexpected(request, error)
+        if isinstance(known, Unavailable):
+            log.warning("database.unavailable", extra={"error": f"{type(error).__name__}: {error}"[:200]})
+        return _answer(request, known)
+    except Exception as error:
+        return _unexpected(request, error)
+
+
+def problem(
+    request: web.BaseRequest,
+    status: int,
+    detail: str,
+    *,
+    code: str | None = None,
+    kind: str | None = None,
+    facts: Mapping[str, Any] | None = None,
+    headers: Mapping[str, str] | None = None,
+) -> web.Response:
+    """The body of an error. `code` is its stable word, `kind` the name of its class."""
+    phrase = HTTPStatus(status).phrase
+    word = code or phrase.lower().replace(" ", "_").replace("-", "_")
+    body = {
+        **envelope(request.get(REQUEST_ID) or ObjectId(), status),
+        "error": f"{kind}: {detail}" if kind else detail,
+        "type": f"urn:core4:problem:{word}",
+        "title": phrase,
+        "status": status,
+        "detail": detail,
+        "instance": request.rel_url.raw_path,
+    }
+    body = {**body, **{name: fact for name, fact in (facts or {}).items() if name not in body}}
+    return web.Response(status=status, text=dumps(body), content_type=PROBLEM, headers=headers)
+
+
+def _answer(request: web.Request, error: Core4Error) -> web.Response:
+    if error.status >= 500 and not isinstance(error, Unavailable):
+        return _unexpected(request, error)
+    headers = {}
+    if isinstance(error, Unauthenticated):
+        headers["WWW-Authenticate"] = _challenge(request)
+    if error.status in (429, 503):
+        headers["Retry-After"] = str(ceil(error.facts.get("retry_after", RETRY)))
+    kind = type(error).__name__
+    return problem(
+        request, error.status, error.detail, code=error.code, kind=kind, facts=error.facts, headers=headers
+    )
+
+
+def _challenge(request: web.Request) -> str:
+    # A script in a browser shows its own form: a Basic challenge would open the browser's.
+    if request.headers.get("Sec-Fetch-Dest") == "empty":
+        return 'Bearer realm="core4"'
+    return 'Basic realm="core4", charset="UTF-8", Bearer realm="core4"'
+
+
+def _unexpected(request: web.Request, error: Exception) -> web.Response:
+    request_id = str(request[REQUEST_ID])
+    path = request.rel_url.raw_path[:200]
+    log.error("request.failed", exc_info=error, extra={"request_id": request_id, "path": path})
+    return problem(request, 500, f"internal error, see the log of the API for request {request_id}")
+
+
+def _known(error: Exception) -> Core4Error | None:
+    """What a library's error means; None if it is a mistake of ours."""
+    if isinstance(error, web.RequestPayloadError):
+        return BadRequest("the body does not arrive as its headers announce it")
+    if isinstance(error, DocumentTooLarge):
+        return TooLarge("too large to be stored")
+    if isinstance(error, BSONError):
+        return BadRequest("a value cannot be stored")
+    if isinstance(error, OperationFailure) and error.code not in _GOING_DOWN:
+        return None
+    return Unavailable()
+
+
+def _http_detail(error: web.HTTPException) -> str:
+    if isinstance(error, web.HTTPRequestEntityTooLarge):
+        return "the body is larger than accepted"
+    if isinstance(error, web.HTTPMethodNotAllowed):
+        return (
+            error.text if error.text and "[" in error.text else f"method [{error.method}] is not allowed here"
+        )
+    if isinstance(error, web.HTTPNotFound):
+        return "nothing is found at this address"
+    return error.text or error.reason
+
+
+class ProblemProtocol(web.RequestHandler):
+    """HTTP as aiohttp speaks it, except that answers which no middleware sees are problems, too:
+    those to requests that cannot be parsed, and to an `Expect` nobody can fulfil.
+
+    Who connects has `HEAD_TIME` to send the head of a request: each connection is an open file, and
+    aiohttp itself would wait for an hour.
+    """
+
+    __slots__ = ("_deadline",)
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self._deadline = asyncio.get_running_loop().call_later(HEAD_TIME, self.force_close)
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        self._deadline.cancel()
+        super().connection_lost(exc)
+
+    def heard(self) -> None:
+        """The first request is there."""
+        self._deadline.cancel()
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        if status >= 500 or request.writer.output_size > 0:
+            return super().handle_error(request, status, exc, message)
+        # aiohttp would log a traceback for each: whoever sends garbage could fill the disk.
+        log.debug("request.malformed", extra={"remote": request.remote, "error": repr(exc)[:200]})
+        answer = problem(request, status, (message or "not HTTP").strip().split("\n")[0][:200])
+        answer.force_close()
+        return answer
+
+    def log_exception(self, *args: Any, **options: Any) -> None:
+        # A body that breaks off is the client's doing and has been answered.
+        if not isinstance(options.get("exc_info"), web.RequestPayloadError):
+            super().log_exception(*args, **options)
+
+    async def finish_response(
+        self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
+    ) -> tuple[web.StreamResponse, bool]:
+        if resp.status >= 400 and resp.content_type != PROBLEM and not resp.prepared:
+            bare, resp = resp, problem(request, resp.status, _plain_text(resp))
+            if not bare.keep_alive:
+                resp.force_close()
+        return await super().finish_response(request, resp, start_time)
+
+
+def _plain_text(resp: web.StreamResponse) -> str:
+    if resp.status >= 500:
+        return "internal error"
+    text = resp.text if isinstance(resp, web.Response) else None
+    return (text or resp.reason).strip().split("\n")[0][:200]

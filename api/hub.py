@@ -1,0 +1,254 @@
+"""One reader of changes for all followers of one API process.
+
+The hub hears what changes in the database and wakes whoever waits for that job. A room is a followed job:
+it reads what is new once, encodes it once and keeps the newest frames; each follower has its own place
+in them. Who is behind the frames that are kept reads the database himself until he has caught up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from time import monotonic
+
+from bson import ObjectId
+from pymongo.errors import PyMongoError
+
+from core4.api.frames import Batch, Cursor, Frame, merge
+from core4.changes import Change, ChangeFeed
+from core4.errors import Unavailable
+from core4.logs import LOG, LogStore, text_size
+from core4.queues import JobQueue
+
+log = logging.getLogger(__name__)
+
+PAGE = 1000  # lines read at once
+PAGE_TEXT = 256 * 1024  # characters in them: each slow follower holds a page of its own
+READS = 4  # of them under way at the same time, for the same reason
+GAP = 0.02  # seconds: what changes within them is read together
+REREAD = 5.0  # seconds after which a job is read without being told
+LATE = 0.2  # seconds between two looks for lines that a job has counted
+PATIENCE = 3.0  # seconds they are waited for
+OUTAGE = 1.0  # seconds between two tries while the database does not answer
+
+
+class Hub:
+    """All followed jobs of this process."""
+
+    def __init__(self, feed: ChangeFeed, queue: JobQueue, logs: LogStore, *, buffer: int) -> None:
+        self._feed, self._queue, self._logs = feed, queue, logs
+        self.buffer = buffer
+        self._waiting: dict[ObjectId, set[asyncio.Event]] = {}
+        self._rooms: dict[ObjectId, Room] = {}
+        self._open: set[asyncio.Transport] = set()
+        self._reads = asyncio.Semaphore(READS)
+
+    @property
+    def rooms(self) -> int:
+        """Number of jobs that are followed."""
+        return len(self._rooms)
+
+    async def run(self) -> None:
+        """Hear changes until cancelled."""
+        self._feed.listen(self._hear)
+        while True:
+            try:
+                await self._feed.run()
+            except Exception:
+                # Followers look for themselves now and then: late is better than never.
+                log.exception("hub.failed")
+                await asyncio.sleep(OUTAGE)
+
+    def _hear(self, change: Change) -> None:
+        if change.kind == "resync":
+            for events in self._waiting.values():
+                for event in events:
+                    event.set()
+            return
+        job_id: ObjectId = change.fields["job"] if change.collection == LOG else change.id
+        for event in self._waiting.get(job_id, ()):
+            event.set()
+
+    @contextmanager
+    def hints(self, job_id: ObjectId) -> Iterator[asyncio.Event]:
+        """An event that is set whenever the job or its log may have changed."""
+        event = asyncio.Event()
+        self._waiting.setdefault(job_id, set()).add(event)
+        try:
+            yield event
+        finally:
+            self._waiting[job_id].discard(event)
+            if not self._waiting[job_id]:
+                del self._waiting[job_id]
+
+    @contextmanager
+    def follow(self, job_id: ObjectId, cursor: Cursor) -> Iterator[Follower]:
+        """A reader of the job's frames behind `cursor`; the room closes with its last one."""
+        room = self._rooms.get(job_id)
+        if room is None:
+            room = self._rooms[job_id] = Room(self, job_id, cursor)
+        room.followers += 1
+        try:
+            yield Follower(room, cursor)
+        finally:
+            room.followers -= 1
+            if not room.followers:
+                del self._rooms[job_id]
+                room.close()
+
+    @contextmanager
+    def stream(self, transport: asyncio.Transport) -> Iterator[None]:
+        """Count a connection among the open streams, to be cut at the end."""
+        self._open.add(transport)
+        try:
+            yield
+        finally:
+            self._open.discard(transport)
+
+    def cut(self) -> None:
+        """End all open streams without a word: their readers come back where they stopped."""
+        for transport in tuple(self._open):
+            transport.abort()
+
+    async def read(self, job_id: ObjectId, cursor: Cursor, *, patient: bool = False) -> Batch | None:
+        """What is stored behind `cursor`; None if there is no such job."""
+        # The document first: the lines it counts are then there to be read.
+        async with self._reads:
+            found = await self._queue.document(job_id)
+            if found is None:
+                return None
+            lines = await self._logs.tail(job_id, cursor.seq, limit=PAGE, size=PAGE_TEXT)
+            more = len(lines) >= PAGE or sum(map(text_size, lines)) >= PAGE_TEXT
+            return merge(found[0], lines, cursor, more=more, patient=patient)
+
+    async def last_seq(self, job_id: ObjectId) -> int:
+        """The number of the last line that is stored."""
+        return await self._logs.last_seq(job_id)
+
+
+class Room:
+    """One followed job: a task that reads, and the newest frames (up to a number of bytes)."""
+
+    def __init__(self, hub: Hub, job_id: ObjectId, cursor: Cursor) -> None:
+        self.job_id = job_id
+        self.followers = 0
+        self.caught_up = False  # everything that was stored when the room opened has been read
+        self.ended = False
+        self.start = self.cursor = cursor  # before the first and behind the last frame that is kept
+        self.first = 0  # number of the first frame that is kept, counted from the opening of the room
+        self.frames: list[Frame] = []
+        self.news = asyncio.Event()
+        self._hub = hub
+        self._bytes = 0
+        self._task = asyncio.create_task(self._run(), name=f"room {job_id}")
+
+    def close(self) -> None:
+        """Stop reading."""
+        self._task.cancel()
+
+    async def read(self, cursor: Cursor) -> Batch | None:
+        """What is stored behind `cursor`, for who cannot use the frames that are kept."""
+        return await self._hub.read(self.job_id, cursor)
+
+    async def _run(self) -> None:
+        seen, late_since = False, 0.0
+        with self._hub.hints(self.job_id) as hint:
+            while not self.ended:
+                hint.clear()
+                patient = not late_since or monotonic() - late_since < PATIENCE
+                batch = await self._try_read(patient=patient)
+                # None: promised by a restart but not made yet; or gone for good.
+                self._publish(batch or Batch(cursor=self.cursor, ended=seen))
+                seen = seen or batch is not None
+                waiting = batch is not None and batch.waiting
+                late_since = (late_since or monotonic()) if waiting else 0.0
+                if batch is None or not batch.more:
+                    await heard(hint, LATE if waiting or not seen else REREAD)
+                    await asyncio.sleep(GAP)
+
+    async def _try_read(self, *, patient: bool) -> Batch | None:
+        while True:
+            try:
+                return await self._hub.read(self.job_id, self.cursor, patient=patient)
+            except (PyMongoError, Unavailable) as error:
+                log.warning("room.database_unavailable", extra={"error": str(error)[:200]})
+            except Exception:
+                log.exception("room.failed", extra={"job_id": str(self.job_id)})
+            await asyncio.sleep(OUTAGE)
+
+    def _publish(self, batch: Batch) -> None:
+        self.frames += batch.frames
+        self._bytes += sum(len(frame.body) for frame in batch.frames)
+        self._trim()
+        self.cursor, self.ended = batch.cursor, batch.ended
+        self.caught_up = self.caught_up or not batch.more
+        self.news.set()
+        self.news = asyncio.Event()
+
+    def _trim(self) -> None:
+        count = 0
+        while self._bytes > self._hub.buffer and count < len(self.frames) - 1:
+            self._bytes -= len(self.frames[count].body)
+            self.start = self.frames[count].after(self.start)
+            count += 1
+        del self.frames[:count]
+        self.first += count
+
+
+class Follower:
+    """One reader of a room. `cursor` is behind what `next` has returned."""
+
+    def __init__(self, room: Room, cursor: Cursor) -> None:
+        self._room = room
+        self._place: int | None = None  # number of the next frame; None: not among those that are kept
+        self.cursor = cursor
+        self.live = False  # True once everything that was stored has been read
+
+    async def next(self) -> list[Frame]:
+        """The next frames, at least one; none at all when the job has ended and everything was returned."""
+        while True:
+            frames = self._kept() if self._find_place() else await self._stored()
+            fresh = [frame for frame in frames if frame.new_for(self.cursor)]
+            for frame in fresh:
+                self.cursor = frame.after(self.cursor)
+            if fresh:
+                return fresh
+            if frames:
+                continue
+            if self._room.ended and self._place is not None:
+                return []
+            self.live = self._room.caught_up
+            await heard(self._room.news, LATE if self._place is None else REREAD)
+
+    def _find_place(self) -> bool:
+        room = self._room
+        if self._place is None or self._place < room.first:
+            self._place = room.first if self.cursor.covers(room.start) else None
+        return self._place is not None
+
+    def _kept(self) -> list[Frame]:
+        assert self._place is not None
+        frames = self._room.frames[self._place - self._room.first :]
+        self._place += len(frames)
+        return frames
+
+    async def _stored(self) -> list[Frame]:
+        try:
+            batch = await self._room.read(self.cursor)
+        except (PyMongoError, Unavailable):
+            await asyncio.sleep(OUTAGE)
+            return []
+        if batch is None and self._room.ended:  # deleted while it was read
+            self._place = self._room.first
+        return batch.frames if batch else []
+
+
+async def heard(event: asyncio.Event, timeout: float) -> None:
+    """Wait for an event, but not longer than `timeout` seconds."""
+    try:
+        async with asyncio.timeout(timeout):
+            await event.wait()
+    except TimeoutError:
+        pass

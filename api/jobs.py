@@ -1,0 +1,359 @@
+"""Handlers of `/job`: enqueue, look up, follow, kill, restart and remove jobs."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import socket
+from collections.abc import Coroutine, Mapping
+from datetime import UTC, datetime
+from time import monotonic
+from typing import Any, TypeVar
+
+from aiohttp import web
+from bson import ObjectId
+
+from core4.api.envelope import page_reply, reply
+from core4.api.frames import has_ended
+from core4.api.hub import heard
+from core4.api.keys import CATALOGUE, CONTROLS, HUB, LOGS, QUEUE, REQUEST_ID, SETTINGS, USER, WORKERS
+from core4.api.streams import follow_job, job_headers
+from core4.errors import BadRequest, Forbidden, JobNotFound, KeyReused, UnknownJob
+from core4.filters import (
+    CATALOGUE_FIELDS,
+    JOB_FIELDS,
+    LOG_FIELDS,
+    compile_filter,
+    compile_search,
+    compile_sort,
+    matches,
+)
+from core4.jobs import ROW_FIELDS, JobOrder, canonical, derived_id, view
+from core4.options import OPTIONS
+from core4.orders import make_order
+from core4.permissions import Rights
+from core4.queues import Page
+from core4.states import WAITING, State
+
+T = TypeVar("T")
+Args = dict[str, Any]
+Document = Mapping[str, Any]
+
+UNAUTHORIZED = "UnauthorizedJob"
+IDEMPOTENCY_KEY = "Idempotency-Key"
+LOOK = 0.5  # seconds between two looks at a job that is waited for, should no change be heard
+# What a row or document tells of a job beside its name and arguments.
+_TELLING = ("last_error", "result", "sources", "history", "doc")
+_CATALOGUE_ROW = (
+    *("_id", "author", "created_at", "updated_at", "doc", "schedule", "tag"),
+    *("namespace", "kind", "schema", "options", "unique"),
+)
+_LOG_ORDER = {"_id", "created", "epoch", "seq"}
+
+
+# ---------------------------------------------------------------------- enqueue
+
+
+async def enqueue(request: web.Request, args: Args) -> web.StreamResponse:
+    """POST job: a new job, followed unless `follow` is false."""
+    user, name = request[USER], args["qual_name"]
+    if not user.may.may_execute(name):
+        raise Forbidden(f"user [{user.name}] has no right to execute job [{name}]")
+    entry = await request.app[CATALOGUE].get(name)
+    if entry is None:
+        raise UnknownJob(name)
+    order = _order(request, entry, args)
+    key = idempotency_key(request)
+    # The id is ours: should the reply of the database get lost, it can be asked for.
+    job_id = derived_id("api", user.name.lower(), key) if key else ObjectId()
+    job = await whole(request.app[QUEUE].enqueue(order, job_id=job_id, once=key is not None))
+    if key is not None and job.document.get("request_hash") != order.request_hash:
+        raise KeyReused(f"the Idempotency-Key belongs to another request: it made job [{job.id}]")
+    if args["follow"]:
+        return await follow_job(request, job.id, job.document)
+    flash = await unserved(request, order.name, order.namespace)
+    replayed = job.document["request_id"] != order.request_id
+    headers = job_headers(job.id) | ({"Idempotent-Replayed": "true"} if replayed else {})
+    return reply(request, str(job.id), flash=flash, headers=headers)
+
+
+def idempotency_key(request: web.Request) -> str | None:
+    """The key under which a client may send the same request again: it makes one job.
+
+    It holds as long as its job is in the queue or the journal.
+    """
+    key = request.headers.get(IDEMPOTENCY_KEY)
+    if key is not None and not (0 < len(key) <= 255 and key.isascii() and key.isprintable()):
+        raise BadRequest(f"{IDEMPOTENCY_KEY} has 1 to 255 printable ASCII characters")
+    return key
+
+
+def _order(request: web.Request, entry: Document, args: Args) -> JobOrder:
+    return make_order(
+        entry,
+        args["args"],
+        args_cap=request.app[SETTINGS].args_cap,
+        options={name: args[name] for name in OPTIONS if name in args},
+        namespace=args.get("namespace"),
+        username=request[USER].name,
+        hostname=socket.gethostname(),
+        request_id=str(request[REQUEST_ID]),
+        request_hash=_request_hash(args) if IDEMPOTENCY_KEY in request.headers else None,
+    )
+
+
+def _request_hash(args: Args) -> str:
+    """What two requests under one key must share; whether they follow the job is no part of it."""
+    wanted = {name: value for name, value in args.items() if name != "follow"}
+    return hashlib.sha256(canonical(wanted).encode()).hexdigest()
+
+
+async def unserved(request: web.Request, name: str, namespace: str) -> list[str]:
+    """A warning if no worker would run such a job now."""
+    if await request.app[WORKERS].serves(name, namespace):
+        return []
+    return [
+        f"no worker is up that runs [{name}] in namespace [{namespace}]: the job waits until one is started"
+    ]
+
+
+# ---------------------------------------------------------------------- listings
+
+
+async def list_queue(request: web.Request, args: Args) -> web.Response:
+    """GET job, GET or POST job/queue: jobs in the queue."""
+    return await _list(request, args, journal=False)
+
+
+async def list_journal(request: web.Request, args: Args) -> web.Response:
+    """GET job/journal: finished and removed jobs."""
+    return await _list(request, args, journal=True)
+
+
+async def _list(request: web.Request, args: Args, *, journal: bool) -> web.Response:
+    rights = request[USER].may
+    query = compile_filter(args["filter"], JOB_FIELDS)
+    order, order_private = compile_sort(args["sort"], JOB_FIELDS)
+    where = {path: dict(term) for path, term in query.where.items()}
+    if args["search"]:
+        where.setdefault("name", {}).update({"$regex": compile_search(args["search"]), "$options": "i"})
+    if not rights.cop and (query.private or order_private or args["search"]):
+        await _limit_to_readable(request, where)
+    page = await request.app[QUEUE].page(
+        where,
+        sort=order or [("_id", 1)],
+        page=args["page"],
+        per_page=args["per_page"],
+        journal=journal,
+        fields=ROW_FIELDS,
+    )
+    now = datetime.now(UTC)
+    rows = [_row(document, rights, journal=journal, now=now) for document in page.rows]
+    return page_reply(request, page, rows)
+
+
+async def _limit_to_readable(request: web.Request, where: dict[str, dict[str, Any]]) -> None:
+    """Who asks for names or arguments gets only jobs he may read: else he could count the others."""
+    may = request[USER].may
+    names = [entry["_id"] for entry in await request.app[CATALOGUE].all() if may.may_read(entry["_id"])]
+    term = where.setdefault("name", {})
+    asked = term.get("$in")
+    term["$in"] = names if asked is None else [name for name in names if name in asked]
+
+
+def _row(document: Document, rights: Rights, *, journal: bool, now: datetime) -> dict[str, Any]:
+    row = view(document, journal=journal, now=now)
+    return row if rights.may_read(document["name"]) else masked(row)
+
+
+def masked(row: dict[str, Any]) -> dict[str, Any]:
+    """A row without what only those may see who may read the job."""
+    hidden = {name: None for name in _TELLING if name in row}
+    prog = {**row["prog"], "message": None}
+    return {**row, **hidden, "qual_name": UNAUTHORIZED, "args": None, "prog": prog}
+
+
+async def count(request: web.Request, args: Args) -> web.Response:
+    """GET job/count: jobs in the queue per state, and in the journal."""
+    queue = request.app[QUEUE]
+    counts: dict[str, int] = {**dict.fromkeys(State, 0), **await queue.counts()}
+    return reply(request, {**counts, "journal": await queue.journaled()})
+
+
+async def list_catalogue(request: web.Request, args: Args) -> web.Response:
+    """GET or POST job/list: what the user may enqueue."""
+    query = compile_filter(args["filter"], CATALOGUE_FIELDS, args=False)
+    order, _ = compile_sort(args["sort"], CATALOGUE_FIELDS)
+    if args["search"]:
+        compile_search(args["search"])
+    # As in core4, a filter on the name beats the search.
+    search = None if "_id" in query.where else args["search"]
+    page = await request.app[CATALOGUE].page(
+        allowed=request[USER].may.may_execute,
+        where=lambda entry: matches(query.where, entry),
+        search=search or None,
+        sort=order or [("_id", 1)],
+        page=args["page"],
+        per_page=args["per_page"],
+    )
+    served = [name for worker in await request.app[WORKERS].up() for name in worker.get("jobs", ())]
+    rows = [
+        {**{key: entry.get(key) for key in _CATALOGUE_ROW}, "workers": served.count(entry["_id"])}
+        for entry in page.rows
+    ]
+    return page_reply(request, page, rows)
+
+
+# ---------------------------------------------------------------------- one job
+
+
+async def detail(request: web.Request, args: Args) -> web.Response:
+    """GET job/<_id>, GET job/detail/<_id>: all that is stored of a job."""
+    _, document, journal = await _find(request, "r")
+    row = view(document, journal=journal, now=datetime.now(UTC))
+    if document["state"] in WAITING and not journal:
+        controls = await request.app[CONTROLS].read()
+        held = controls.of_job(document["name"], document["namespace"], document.get("worker"))
+        row["paused"] = vars(held) if held else None
+    return reply(request, row)
+
+
+async def missing_id(request: web.Request, args: Args) -> web.Response:
+    """GET job/detail without an id."""
+    raise BadRequest("Missing argument _id")
+
+
+async def follow(request: web.Request, args: Args) -> web.StreamResponse:
+    """GET job/follow/<_id>: states and log of a job as they come."""
+    job_id, document, _ = await _find(request, "r")
+    return await follow_job(request, job_id, document, last_event_id=args["last_event_id"])
+
+
+async def log_lines(request: web.Request, args: Args) -> web.StreamResponse:
+    """GET job/log/<_id>: a page of the job's log, or with `follow` its stream."""
+    job_id, document, _ = await _find(request, "r")
+    if args["follow"]:
+        return await follow_job(request, job_id, document, states=False, last_event_id=args["last_event_id"])
+    page = await _log_page(request, job_id, args)
+    return page_reply(request, page, page.rows)
+
+
+async def _log_page(request: web.Request, job_id: ObjectId, args: Args) -> Page:
+    descending = _log_descending(args["sort"])
+    query = compile_filter(args["filter"], LOG_FIELDS, args=False)
+    number, per_page = args["page"], args["per_page"]
+    logs = request.app[LOGS]
+    if not query.where:
+        return await logs.page(job_id, page=number, per_page=per_page, descending=descending)
+    lines: list[dict[str, Any]] = []
+    after = 0
+    # A job's log has a bounded size, so it is filtered here and not in the database.
+    while found := await logs.tail(job_id, after):
+        lines += [line for line in found if matches(query.where, line)]
+        after = found[-1]["seq"]
+    pages = -(-len(lines) // per_page)
+    first = (pages + number if number < 0 else number) * per_page
+    ordered = lines[::-1] if descending else lines
+    return Page(ordered[first : first + per_page] if first >= 0 else [], len(lines), number, per_page)
+
+
+def _log_descending(sort: list[Any]) -> bool:
+    match sort:
+        case []:
+            return False
+        case [[str(field), int(direction)]] if field in _LOG_ORDER and direction in (1, -1):
+            return direction == -1
+    raise BadRequest(f"parameter [sort] of a log expected [[field, 1 or -1]] with {sorted(_LOG_ORDER)}")
+
+
+async def kill(request: web.Request, args: Args) -> web.Response:
+    """PUT job/kill/<_id>: end a job; waits a moment for the outcome."""
+    job_id, _, _ = await _find(request, "x")
+    job, changed = await whole(request.app[QUEUE].kill(job_id, by=request[USER].name))
+    document: Document = job.document
+    if job.state is State.RUNNING:
+        document = await _wait(request, job_id) or document
+    return _changed(request, document, changed=changed)
+
+
+async def remove(request: web.Request, args: Args) -> web.Response:
+    """PUT job/remove/<_id>: move a job to the journal."""
+    job_id, _, _ = await _find(request, "x")
+    job = await whole(request.app[QUEUE].remove(job_id, by=request[USER].name))
+    return _changed(request, job.document, changed=True)
+
+
+async def restart(request: web.Request, args: Args) -> web.StreamResponse:
+    """PUT job/restart/<_id>: run a job again, followed unless `follow` is false."""
+    job_id, _, _ = await _find(request, "x")
+    child_id = await whole(
+        request.app[QUEUE].restart(job_id, by=request[USER].name, hostname=socket.gethostname())
+    )
+    # While a kill is under way the new job is made when the old one has ended.
+    document = await _wait(request, child_id, ended=False)
+    if args["follow"]:
+        return await follow_job(request, child_id, document)
+    return reply(request, str(child_id), headers=job_headers(child_id))
+
+
+async def unknown_action(request: web.Request, args: Args) -> web.Response:
+    """Whatever else is asked of jobs."""
+    action = request.match_info["action"]
+    raise web.HTTPMethodNotAllowed(
+        request.method, ["GET", "POST", "PUT"], text=f"unknown action {request.method} [{action[:100]}]"
+    )
+
+
+def _changed(request: web.Request, document: Document, *, changed: bool) -> web.Response:
+    job = {"_id": document["_id"], "state": document["state"], "changed": changed}
+    return reply(request, True, job=job)
+
+
+# ---------------------------------------------------------------------- inside
+
+
+async def _find(request: web.Request, mode: str) -> tuple[ObjectId, Document, bool]:
+    """The job that the path names, if the user may read (`r`) or execute (`x`) it.
+
+    Raises: JobNotFound, Forbidden.
+    """
+    text = request.match_info["_id"]
+    if len(text) != 24 or not ObjectId.is_valid(text):
+        raise JobNotFound(text[:100])
+    job_id = ObjectId(text)
+    found = await request.app[QUEUE].document(job_id)
+    if found is None:
+        raise JobNotFound(text)
+    document, journal = found
+    user = request[USER]
+    allowed = user.may.may_execute if mode == "x" else user.may.may_read
+    if not allowed(document["name"]):
+        verb = "execute" if mode == "x" else "read"
+        raise Forbidden(f"user [{user.name}] has no right to {verb} job [{text}]")
+    return job_id, document, journal
+
+
+async def _wait(request: web.Request, job_id: ObjectId, *, ended: bool = True) -> Document | None:
+    """The document once it exists and, if so wished, has ended; what there is after `kill_wait` seconds."""
+    deadline = monotonic() + request.app[SETTINGS].kill_wait
+    with request.app[HUB].hints(job_id) as hint:
+        while True:
+            hint.clear()
+            found = await request.app[QUEUE].document(job_id)
+            if found is not None and (not ended or has_ended(found[0])):
+                return found[0]
+            left = deadline - monotonic()
+            if left <= 0:
+                return found[0] if found else None
+            await heard(hint, min(left, LOOK))
+
+
+_unfinished: set[asyncio.Task[Any]] = set()
+
+
+async def whole(work: Coroutine[Any, Any, T]) -> T:
+    """Do `work` to its end, even if the client hangs up in the middle of it."""
+    task = asyncio.ensure_future(work)
+    _unfinished.add(task)
+    task.add_done_callback(_unfinished.discard)
+    return await asyncio.shield(task)

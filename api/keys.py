@@ -1,0 +1,37 @@
+"""Where the parts of one API process are kept, in the application and in each request."""
+
+from __future__ import annotations
+
+from aiohttp import web
+from bson import ObjectId
+
+from core4.api.hub import Hub
+from core4.api.throttle import Throttle
+from core4.catalogue import Catalogue
+from core4.config import Settings
+from core4.controls import ControlStore
+from core4.database import Database
+from core4.logs import LogStore
+from core4.queues import JobQueue
+from core4.registry import WorkerRegistry
+from core4.schedules import ScheduleStore
+from core4.users import Token, User, UserStore
+
+BASE = "/core4/api/v1"
+
+SETTINGS = web.AppKey("settings", Settings)
+DATABASE = web.AppKey("database", Database)
+QUEUE = web.AppKey("queue", JobQueue)
+LOGS = web.AppKey("logs", LogStore)
+CATALOGUE = web.AppKey("catalogue", Catalogue)
+SCHEDULES = web.AppKey("schedules", ScheduleStore)
+WORKERS = web.AppKey("workers", WorkerRegistry)
+CONTROLS = web.AppKey("controls", ControlStore)
+USERS = web.AppKey("users", UserStore)
+THROTTLE = web.AppKey("throttle", Throttle)
+HUB = web.AppKey("hub", Hub)
+
+REQUEST_ID = web.RequestKey("request_id", ObjectId)
+USER = web.RequestKey("user", User)
+TOKEN = web.RequestKey("token", Token)
+TOKEN_TEXT = web.RequestKey("token_text", str)

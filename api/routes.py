@@ -1,0 +1,121 @@
+"""Every address of the API: method, path, handler, who may call it and what it may be told."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from aiohttp import web
+from marshmallow import Schema
+
+from core4.api import arguments, control, jobs, schedules, sessions, system
+from core4.api.auth import authenticate
+from core4.api.keys import BASE, USER
+from core4.schemas import (
+    EnqueueArguments,
+    FollowedArguments,
+    HaltArguments,
+    LogArguments,
+    LoginArguments,
+    NextArguments,
+    NoArguments,
+    PauseArguments,
+    PauseTarget,
+    PreviewArguments,
+    ResetArguments,
+    ScheduleArguments,
+    SchedulesArguments,
+    SearchArguments,
+    StreamArguments,
+)
+
+# open: everybody; user: who is signed in; stream: who is signed in, or brings a ticket.
+Access = Literal["open", "user", "stream"]
+Handler = Callable[[web.Request, dict[str, Any]], Awaitable[web.StreamResponse]]
+
+_JOB = f"{BASE}/job"
+_SCHEDULE = f"{BASE}/schedule"
+_NAME = "{name:.+}"  # names may contain slashes, see core4.timetable.check_name
+
+
+@dataclass(frozen=True)
+class Route:
+    """One address. The rights on a job are checked where the job is known, in the handler."""
+
+    method: str
+    path: str
+    handler: Handler
+    access: Access = "user"
+    takes: type[Schema] = NoArguments
+
+
+ROUTES: tuple[Route, ...] = (
+    Route("POST", _JOB, jobs.enqueue, takes=EnqueueArguments),
+    Route("GET", _JOB, jobs.list_queue, takes=SearchArguments),
+    Route("GET", f"{_JOB}/queue", jobs.list_queue, takes=SearchArguments),
+    Route("POST", f"{_JOB}/queue", jobs.list_queue, takes=SearchArguments),
+    Route("GET", f"{_JOB}/journal", jobs.list_journal, takes=SearchArguments),
+    Route("POST", f"{_JOB}/journal", jobs.list_journal, takes=SearchArguments),
+    Route("GET", f"{_JOB}/list", jobs.list_catalogue, takes=SearchArguments),
+    Route("POST", f"{_JOB}/list", jobs.list_catalogue, takes=SearchArguments),
+    Route("GET", f"{_JOB}/count", jobs.count),
+    Route("GET", f"{_JOB}/detail", jobs.missing_id),
+    Route("GET", f"{_JOB}/detail/{{_id}}", jobs.detail),
+    Route("GET", f"{_JOB}/follow/{{_id}}", jobs.follow, "stream", StreamArguments),
+    Route("GET", f"{_JOB}/log/{{_id}}", jobs.log_lines, "stream", LogArguments),
+    Route("PUT", f"{_JOB}/kill/{{_id}}", jobs.kill),
+    Route("PUT", f"{_JOB}/remove/{{_id}}", jobs.remove),
+    Route("PUT", f"{_JOB}/restart/{{_id}}", jobs.restart, takes=FollowedArguments),
+    Route("GET", f"{_JOB}/{{_id}}", jobs.detail),
+    Route("*", f"{_JOB}/{{action}}/{{_id}}", jobs.unknown_action),
+    Route("GET", _SCHEDULE, schedules.list_schedules, takes=SchedulesArguments),
+    Route("POST", _SCHEDULE, schedules.list_schedules, takes=SchedulesArguments),
+    Route("GET", f"{_SCHEDULE}/next", schedules.preview, takes=PreviewArguments),
+    Route("PUT", f"{_SCHEDULE}/pause/{_NAME}", schedules.pause),
+    Route("PUT", f"{_SCHEDULE}/resume/{_NAME}", schedules.resume),
+    Route("PUT", f"{_SCHEDULE}/trigger/{_NAME}", schedules.trigger),
+    Route("PUT", f"{_SCHEDULE}/reset/{_NAME}", schedules.reset, takes=ResetArguments),
+    Route("GET", f"{_SCHEDULE}/{_NAME}", schedules.show, takes=NextArguments),
+    Route("PUT", f"{_SCHEDULE}/{_NAME}", schedules.change, takes=ScheduleArguments),
+    Route("DELETE", f"{_SCHEDULE}/{_NAME}", schedules.delete),
+    Route("GET", f"{BASE}/worker", system.workers),
+    Route("GET", f"{BASE}/control", control.show),
+    Route("PUT", f"{BASE}/control/pause", control.pause, takes=PauseArguments),
+    Route("PUT", f"{BASE}/control/resume", control.resume, takes=PauseTarget),
+    Route("PUT", f"{BASE}/control/halt", control.halt, takes=HaltArguments),
+    Route("GET", f"{BASE}/login", sessions.login, "open", LoginArguments),
+    Route("POST", f"{BASE}/login", sessions.login, "open", LoginArguments),
+    Route("GET", f"{BASE}/logout", sessions.logout),
+    Route("POST", f"{BASE}/logout", sessions.logout),
+    Route("GET", f"{BASE}/profile", sessions.profile),
+    Route("POST", f"{BASE}/ticket", sessions.ticket),
+    Route("GET", "/livez", system.alive, "open"),
+    Route("GET", "/readyz", system.ready, "open"),
+    Route("GET", "/version", system.show_version, "open"),
+    Route("GET", "/", system.home, "open"),
+    Route("GET", "/static/{name}", system.static, "open"),
+)
+
+
+def add_routes(app: web.Application) -> None:
+    """Register all routes."""
+    for route in ROUTES:
+        app.router.add_route(route.method, route.path, _endpoint(route))
+        if route.method == "GET" and route.access != "stream":
+            app.router.add_route("HEAD", route.path, _endpoint(route))
+
+
+def _endpoint(route: Route) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
+    """Who is calling, then what he says, then what is done."""
+
+    async def endpoint(request: web.Request) -> web.StreamResponse:
+        if route.access != "open":
+            request[USER] = await authenticate(request, ticket=route.access == "stream")
+        args = await arguments.parse(route.takes, request)
+        response = await route.handler(request, args)
+        if route.handler is not sessions.logout and not response.prepared:
+            await sessions.refresh(request, response)
+        return response
+
+    return endpoint

@@ -1,0 +1,142 @@
+"""Server-sent events: what happens to one job, from where the reader stopped to its end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from aiohttp import web
+from aiohttp_sse import EventSourceResponse
+from bson import ObjectId
+
+from core4.api.frames import Cursor, Frame, Mode, close_frame, has_ended, transitions
+from core4.api.hub import Follower
+from core4.api.keys import BASE, HUB, SETTINGS
+
+log = logging.getLogger(__name__)
+
+STALLED = 30.0  # seconds after which a reader who takes nothing is cut
+CHUNK = 65_536  # bytes written at once
+RETRY = b"retry: 3000\n\n"
+
+
+def job_headers(job_id: ObjectId) -> dict[str, str]:
+    """Where the job is, for every answer that made or restarted one; before the first event."""
+    return {"X-Job-Id": str(job_id), "Location": f"{BASE}/job/{job_id}"}
+
+
+async def follow_job(
+    request: web.Request,
+    job_id: ObjectId,
+    document: Mapping[str, Any] | None,
+    *,
+    states: bool = True,
+    last_event_id: str = "",
+) -> web.StreamResponse:
+    """Stream a job that may be read: its `document` has been looked up, or is promised (None).
+
+    Raises: BadRequest for a cursor that cannot be read.
+    """
+    # A browser that comes back sends the header; its first request can only have the query.
+    cursor = Cursor.parse(request.headers.get("Last-Event-ID", "") or last_event_id)
+    if document is not None and cursor != Cursor():
+        last_seq = await request.app[HUB].last_seq(job_id)
+        if _all_read(document, cursor, last_seq):
+            return web.Response(status=204, headers=job_headers(job_id))
+        # A number from elsewhere must not hide what is there.
+        cursor = Cursor(min(cursor.rev, document["rev"]), min(cursor.seq, last_seq))
+    return await _stream(request, job_id, cursor, states=states)
+
+
+def _all_read(document: Mapping[str, Any], cursor: Cursor, last_seq: int) -> bool:
+    """True if whoever has this cursor has read everything, `close` included."""
+    if not has_ended(document):
+        return False
+    entries = transitions(document)
+    return cursor.seq > last_seq and (not entries or cursor.rev >= entries[-1]["rev"])
+
+
+async def _stream(
+    request: web.Request, job_id: ObjectId, cursor: Cursor, *, states: bool
+) -> web.StreamResponse:
+    hub, transport = request.app[HUB], request.transport
+    if transport is None:
+        raise ConnectionResetError
+    response = EventSourceResponse(
+        headers=job_headers(job_id),
+        sep="\n",
+        allow_all_methods=True,  # POST job and PUT job/restart stream, too
+        ping_interval=request.app[SETTINGS].sse_ping,
+        send_timeout=STALLED,
+    )
+    # The end of the connection is the end of the stream for readers that know no events.
+    response.headers["Connection"] = "close"
+    response.force_close()
+    with hub.stream(transport), hub.follow(job_id, cursor) as follower:
+        try:
+            await response.prepare(request)
+            async with response:
+                await _write(transport, response, RETRY)
+                await _send_all(transport, response, follower, states=states)
+        except (ConnectionError, TimeoutError):
+            log.debug("stream.cut", extra={"job_id": str(job_id)})
+        except Exception:
+            # The answer has begun: there is no other way to say that it is incomplete.
+            log.exception("stream.failed", extra={"job_id": str(job_id)})
+            transport.abort()
+    return response
+
+
+async def _send_all(
+    transport: asyncio.Transport, response: EventSourceResponse, follower: Follower, *, states: bool
+) -> None:
+    counts: Counter[str] = Counter()
+    cursor = follower.cursor
+    while frames := await follower.next():
+        wanted = [frame for frame in frames if states or frame.kind == "log"]
+        counts.update(frame.kind for frame in wanted)
+        for chunk in chunks(_encoded(frames, cursor, follower.live, states=states)):
+            await _write(transport, response, chunk)
+        cursor = follower.cursor
+    await _write(transport, response, close_frame(cursor, counts))
+
+
+def _encoded(frames: Sequence[Frame], cursor: Cursor, live: bool, *, states: bool) -> Iterator[bytes]:
+    """One event after the other: what a slow reader has not taken yet need not be there twice."""
+    for frame in frames:
+        cursor = frame.after(cursor)
+        if states or frame.kind == "log":
+            yield frame.encode(cursor, _mode(frame, live=live))
+
+
+def _mode(frame: Frame, *, live: bool) -> Mode:
+    if not live:
+        return "prelog"
+    return "postlog" if frame.last else "watchlog"
+
+
+def chunks(encoded: Iterable[bytes]) -> Iterator[bytes]:
+    """Whole events joined to pieces of about CHUNK bytes: a heartbeat may come between two writes."""
+    piece: list[bytes] = []
+    size = 0
+    for event in encoded:
+        piece.append(event)
+        size += len(event)
+        if size >= CHUNK:
+            yield b"".join(piece)
+            piece, size = [], 0
+    if piece:
+        yield b"".join(piece)
+
+
+async def _write(transport: asyncio.Transport, response: EventSourceResponse, data: bytes) -> None:
+    try:
+        async with asyncio.timeout(STALLED):
+            await response.write(data)
+    except TimeoutError:
+        log.warning("stream.stalled", extra={"remote": str(transport.get_extra_info("peername"))})
+        transport.abort()
+        raise
