@@ -1,0 +1,448 @@
+"""What the processes of the crash matrix do: each scenario prepares in peace, then acts under a fault.
+
+Together they make every write there is; a store write that none of them makes fails the matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+from bson import ObjectId
+from pymongo.errors import PyMongoError
+
+from core4.errors import Conflict, NotFound
+from core4.jobs import Job, utcnow
+from core4.logs import Line
+from core4.queues import JOURNAL, QUEUE
+from tests.chaos.client import NAME, Actor
+
+Step = Callable[[Actor], Awaitable[Any]]
+
+
+async def _nothing(actor: Actor) -> None:
+    """No preparation, or no proof beside the checker's."""
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """One operation: what comes before it, itself, and what must hold after another process recovered.
+
+    With `repeat` the recovering process does it once more: for stores whose clients simply try again.
+    """
+
+    act: Step
+    prepare: Step = _nothing
+    proof: Step = _nothing
+    repeat: bool = False
+    find_and_modify: bool | None = None
+    register: bool = True
+
+
+SCENARIOS: dict[str, Scenario] = {}
+
+
+def scenario(name: str, act: Step, prepare: Step = _nothing, **more: Any) -> None:
+    SCENARIOS[name] = Scenario(act, prepare, **more)
+
+
+# ---------------------------------------------------------------------- preparations
+
+
+def enqueued(**options: Any) -> Step:
+    async def step(actor: Actor) -> None:
+        actor.kept["id"] = (await actor.enqueue("k1", **options)).id
+
+    return step
+
+
+def claimed(**options: Any) -> Step:
+    async def step(actor: Actor) -> None:
+        await enqueued(**options)(actor)
+        (actor.kept["job"],) = await actor.claim()
+
+    return step
+
+
+def started(**options: Any) -> Step:
+    async def step(actor: Actor) -> None:
+        await claimed(**options)(actor)
+        actor.kept["job"] = await actor.start(actor.kept["job"])
+
+    return step
+
+
+def finished(kind: str, **options: Any) -> Step:
+    async def step(actor: Actor) -> None:
+        await started(**options)(actor)
+        await actor.finish(actor.kept["job"], kind)
+
+    return step
+
+
+def _without_settling(step: Step) -> Step:
+    """The first half of an operation, as a process that died in its middle leaves it."""
+
+    async def halved(actor: Actor) -> None:
+        whole_try, whole = actor.queue._try_settle, actor.queue._settle
+
+        async def later(job: Job) -> Any:
+            return 0
+
+        actor.queue._try_settle = actor.queue._settle = later  # type: ignore[method-assign]
+        await step(actor)
+        actor.queue._try_settle, actor.queue._settle = whole_try, whole  # type: ignore[method-assign]
+
+    return halved
+
+
+def after(*steps: Step) -> Step:
+    async def all_steps(actor: Actor) -> None:
+        for step in steps:
+            await step(actor)
+
+    return all_steps
+
+
+def job(actor: Actor) -> Job:
+    found: Job = actor.kept["job"]
+    return found
+
+
+def job_id(actor: Actor) -> ObjectId:
+    found: ObjectId = actor.kept["id"]
+    return found
+
+
+async def kill(actor: Actor) -> None:
+    await actor.kill(job_id(actor))
+
+
+async def restart(actor: Actor) -> None:
+    await actor.restart(job_id(actor))
+
+
+async def remove(actor: Actor) -> None:
+    await actor.remove(job_id(actor))
+
+
+async def finish(actor: Actor) -> None:
+    await actor.finish(job(actor))
+
+
+async def bury_self(actor: Actor) -> None:
+    """The holder is dead for the others, though it is the one that acts."""
+    await actor.registry.bury(-3600)
+
+
+async def rescue(actor: Actor) -> None:
+    await actor.queue.rescue(actor.registry.alive_ids)
+
+
+async def journal_twin(actor: Actor) -> None:
+    """An insert that arrives after its job has ended: the leftover is claimed."""
+    queue = actor.database.collection(QUEUE)
+    await enqueued()(actor)
+    late = await queue.find_one({"_id": job_id(actor)})
+    assert late is not None
+    (first,) = await actor.claim()
+    await actor.run(first)
+    await queue.insert_one(late)
+    (actor.kept["job"],) = await actor.claim()
+
+
+async def late_twin(actor: Actor) -> None:
+    """The same leftover, before anybody has claimed it."""
+    queue = actor.database.collection(QUEUE)
+    await enqueued()(actor)
+    late = await queue.find_one({"_id": job_id(actor)})
+    assert late is not None
+    await actor.run_all()
+    await queue.insert_one(late)
+
+
+async def key_taken(actor: Actor) -> None:
+    """The place of a complete job is taken by a third one."""
+    await finished("complete")(actor)
+    await actor.enqueue("k1")
+
+
+def due_at_once(**fields: Any) -> Step:
+    """A document as it is when time has passed."""
+
+    async def step(actor: Actor) -> None:
+        queue = actor.database.collection(QUEUE)
+        await queue.update_one({"_id": job_id(actor)}, {"$set": fields})
+
+    return step
+
+
+# ---------------------------------------------------------------------- the queue
+
+scenario("enqueue", enqueued())
+scenario("claim", lambda actor: actor.claim(), enqueued(), find_and_modify=False)
+scenario("claim-in-one", lambda actor: actor.claim(), enqueued(), find_and_modify=True)
+scenario("claim-pinned", lambda actor: actor.claim(), enqueued(worker="worker@here"))
+scenario(
+    "claim-several",
+    lambda actor: actor.claim(3),
+    after(enqueued(), lambda actor: actor.enqueue("k2"), lambda actor: actor.enqueue("k3")),
+    find_and_modify=False,
+)
+scenario("start", lambda actor: actor.start(job(actor)), claimed())
+scenario("start-of-a-leftover", lambda actor: actor.start(job(actor)), journal_twin)
+scenario("progress", lambda actor: actor.progress(job(actor)), started())
+scenario("finish-complete", finish, started())
+scenario("finish-failed", lambda actor: actor.finish(job(actor), "failed"), started())
+scenario("finish-error", lambda actor: actor.finish(job(actor), "failed"), started(attempts=1))
+scenario(
+    "finish-error-leaves",
+    lambda actor: actor.finish(job(actor), "failed"),
+    started(attempts=1, keep_stopped=False),
+)
+scenario("finish-deferred", lambda actor: actor.finish(job(actor), "deferred"), started())
+scenario("finish-odd-result", lambda actor: actor.finish(job(actor), "odd"), started())
+scenario("finish-killed", lambda actor: actor.finish(job(actor), "killed"), after(started(), kill))
+scenario(
+    "finish-killed-restarted",
+    lambda actor: actor.finish(job(actor), "killed"),
+    after(started(), kill, restart),
+)
+scenario(
+    "finish-killed-removed", lambda actor: actor.finish(job(actor), "killed"), after(started(), kill, remove)
+)
+scenario("finish-faster-than-kill", finish, after(started(), kill, restart))
+scenario("release", lambda actor: actor.release(job(actor)), claimed())
+scenario("release-started", lambda actor: actor.release(job(actor), 0.001), started())
+scenario("release-killed", lambda actor: actor.release(job(actor)), after(claimed(), kill))
+scenario("kill-waiting", kill, enqueued())
+scenario("kill-waiting-leaves", kill, enqueued(keep_stopped=False))
+scenario("kill-a-leftover", kill, late_twin)
+scenario("kill-running", kill, started())
+scenario("restart-failed", restart, finished("failed", error_time=3600))
+scenario("restart-error", restart, finished("failed", attempts=1))
+scenario("restart-journaled", restart, finished("complete"))
+scenario("restart-killing", restart, after(started(), kill))
+scenario("restart-place-taken", restart, key_taken)
+scenario("restart-twice", after(restart, restart), finished("failed", attempts=1))
+scenario("remove-waiting", remove, enqueued())
+scenario("remove-error", remove, finished("failed", attempts=1))
+scenario("remove-killing", remove, after(started(), kill))
+scenario(
+    "promote",
+    lambda actor: actor.queue.promote(),
+    after(finished("failed", error_time=3600), due_at_once(query_at=utcnow() - timedelta(1))),
+)
+scenario(
+    "promote-pinned",
+    lambda actor: actor.queue.promote(),
+    after(
+        finished("failed", error_time=3600, worker="worker@here"),
+        due_at_once(query_at=utcnow() - timedelta(1)),
+    ),
+)
+scenario(
+    "expire",
+    lambda actor: actor.queue.expire(),
+    after(finished("deferred", defer_time=3600), due_at_once(expires=utcnow() - timedelta(1))),
+)
+scenario("rescue-claimed", rescue, after(claimed(), bury_self))
+scenario("rescue-started", rescue, after(started(), bury_self))
+scenario("rescue-poison", rescue, after(started(), due_at_once(crashes=2), bury_self))
+scenario("rescue-killing", rescue, after(started(), kill, restart, bury_self))
+scenario("sweep-finished", lambda actor: actor.queue.sweep(), after(started(), _without_settling(finish)))
+scenario(
+    "sweep-restarted",
+    lambda actor: actor.queue.sweep(),
+    after(finished("failed", attempts=1), _without_settling(restart)),
+)
+scenario(
+    "sweep-restarted-journal",
+    lambda actor: actor.queue.sweep(),
+    after(finished("complete"), _without_settling(restart)),
+)
+
+# ---------------------------------------------------------------------- the other stores
+
+
+async def register(actor: Actor) -> None:
+    await actor.register()
+
+
+async def append(actor: Actor) -> None:
+    running = job(actor)
+    lines = [Line((running.fence << 32) + n, 0.0, "INFO", f"line {n}") for n in (1, 2)]
+    try:
+        await actor.logs.append(running, "here", lines)
+    except PyMongoError:
+        await actor.logs.append(running, "here", lines)
+
+
+async def lines_once(actor: Actor) -> None:
+    (document,) = await actor.database.collection(JOURNAL).find({}).to_list(None)
+    seqs = [line["seq"] for line in await actor.logs.tail(document["_id"], 0)]
+    assert seqs in ([], [(1 << 32) + 1, (1 << 32) + 2])
+
+
+async def publish(actor: Actor) -> None:
+    await actor.catalogue.publish([{"_id": NAME, "namespace": "DEFAULT"}])
+
+
+async def is_published(actor: Actor) -> None:
+    assert await actor.catalogue.get(NAME) is not None
+
+
+async def add_user(actor: Actor) -> None:
+    try:
+        await actor.users.add("ann", "secret", ["cop"])
+    except Conflict:
+        pass  # an earlier try did it
+
+
+async def sign_in(actor: Actor) -> None:
+    user = await actor.users.get("ann")
+    assert user is not None
+    actor.kept["token"], _ = await actor.users.issue(user)
+
+
+async def token_works(actor: Actor) -> None:
+    assert await actor.users.check(actor.kept["token"]) is not None
+
+
+async def ticket(actor: Actor) -> None:
+    user = await actor.users.get("ann")
+    assert user is not None
+    text, _ = await actor.users.ticket(user)
+    assert await actor.users.redeem(text) is not None
+    assert await actor.users.redeem(text) is None
+
+
+async def sign_out(actor: Actor) -> None:
+    user = await actor.users.get("ann")
+    assert user is not None
+    text, _ = await actor.users.issue(user)
+    await actor.users.revoke(text)
+    assert await actor.users.check(text) is None
+
+
+async def is_user(actor: Actor) -> None:
+    user = await actor.users.get("ann")
+    assert user is not None
+    assert user.rights == ("cop",)
+
+
+async def pause(actor: Actor) -> None:
+    await actor.controls.pause("job", NAME, by="chaos")
+
+
+async def is_paused(actor: Actor) -> None:
+    assert (await actor.controls.read()).of_name(NAME) is not None
+
+
+async def resume(actor: Actor) -> None:
+    await actor.controls.resume("job", NAME)
+    await actor.queue.unpark(await actor.controls.read())
+
+
+async def claim_paused(actor: Actor) -> None:
+    held = await actor.controls.read()
+    assert await actor.queue.claim(actor.owner, namespaces=["DEFAULT"], controls=held) == []
+
+
+async def halt(actor: Actor) -> None:
+    await actor.controls.halt(by="chaos")
+
+
+async def is_halted(actor: Actor) -> None:
+    assert (await actor.controls.read()).halt is not None
+
+
+LIMITED: dict[str, Any] = {"max_running": 1}
+
+
+async def over_limit(actor: Actor) -> None:
+    """Two run at most one at a time: the second is put aside."""
+    await actor.enqueue("k2", **LIMITED)
+    await actor.enqueue("k3", **LIMITED)
+    await actor.claim()
+
+
+for one_write in (False, True):
+    scenario(
+        f"claim-slot-{one_write}", lambda actor: actor.claim(), enqueued(**LIMITED), find_and_modify=one_write
+    )
+    scenario(f"claim-over-limit-{one_write}", over_limit, started(**LIMITED), find_and_modify=one_write)
+scenario("finish-wakes", finish, after(started(**LIMITED), over_limit))
+scenario("rescue-wakes", rescue, after(started(**LIMITED), over_limit, bury_self))
+scenario("pause", pause, proof=is_paused, repeat=True)
+scenario("halt", halt, proof=is_halted, repeat=True)
+scenario("claim-paused", claim_paused, after(enqueued(), pause), find_and_modify=False)
+scenario("claim-paused-in-one", claim_paused, after(enqueued(), pause), find_and_modify=True)
+scenario("claim-paused-pinned", claim_paused, after(enqueued(worker="worker@here"), pause))
+scenario("resume", resume, after(enqueued(), pause, claim_paused), repeat=True)
+scenario("resume-pinned", resume, after(enqueued(worker="worker@here"), pause, claim_paused), repeat=True)
+scenario("register", register, register=False, repeat=True)
+scenario("beat", lambda actor: actor.registry.beat(actor.owner, running=0), claimed())
+scenario("serve", lambda actor: actor.registry.serve(actor.owner, ["other.Job"]), claimed())
+scenario("leave", lambda actor: actor.registry.leave(actor.owner), claimed())
+scenario("bury", bury_self, claimed())
+scenario("append", append, started(), proof=lines_once)
+scenario("publish", publish, proof=is_published, repeat=True)
+scenario("user-add", add_user, proof=is_user, repeat=True)
+scenario(
+    "user-change", lambda actor: actor.users.set_rights("ann", ["cop"]), add_user, proof=is_user, repeat=True
+)
+scenario("token", sign_in, add_user, proof=token_works, repeat=True)
+scenario("ticket", ticket, add_user, repeat=True)
+scenario("revoke", sign_out, add_user, repeat=True)
+
+
+# ---------------------------------------------------------------------- schedules
+
+DAILY = {"qual_name": NAME, "expression": "0 0 * * *", "zone": "UTC"}
+
+
+async def schedule(actor: Actor) -> None:
+    await actor.schedules.set("daily", DAILY, by="ann")
+
+
+async def is_scheduled(actor: Actor) -> None:
+    found = await actor.schedules.get("daily")
+    assert found.expression == DAILY["expression"]
+    assert not found.paused
+
+
+async def pause_and_resume(actor: Actor) -> None:
+    await actor.schedules.pause("daily", by="ann")
+    await actor.schedules.resume("daily", by="ann")
+
+
+async def unschedule(actor: Actor) -> None:
+    try:
+        await actor.schedules.delete("daily")
+    except NotFound:
+        pass  # an earlier try did it
+
+
+async def is_not_scheduled(actor: Actor) -> None:
+    assert await actor.schedules.all() == []
+
+
+async def advance(actor: Actor) -> None:
+    """Decide the next instant, as any number of schedulers may: only the cursor says who did."""
+    seen = await actor.schedules.get("daily")
+    instant = seen.due()
+    if seen.document["skipped"] == 0:
+        await actor.schedules.advance(seen, instant, fired=[], skipped=[instant], reason="test")
+
+
+async def has_advanced(actor: Actor) -> None:
+    assert (await actor.schedules.get("daily")).document["skipped"] == 1
+
+
+scenario("schedule", schedule, proof=is_scheduled, repeat=True)
+scenario("schedule-change", pause_and_resume, schedule, proof=is_scheduled, repeat=True)
+scenario("schedule-delete", unschedule, schedule, proof=is_not_scheduled, repeat=True)
+scenario("schedule-advance", advance, schedule, proof=has_advanced, repeat=True)

@@ -1,0 +1,101 @@
+"""Fixtures of all tests: one real database server per session, a fresh database per test.
+
+``CORE4_TEST_MONGO_URL`` names another server than the embedded one. Nothing is replaced by a double, and
+nothing is skipped for want of a service.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+
+from core4.catalogue import Catalogue
+from core4.config import PREFIX, Settings
+from core4.database import Database
+from core4.embedded import EmbeddedServer
+from core4.logs import LogStore
+from core4.queues import JobQueue
+from core4.registry import WorkerRegistry
+from tests.helpers import FAST, Stack, running_stack
+
+
+@pytest.fixture(autouse=True)
+def clean_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test sees the settings of whoever runs it."""
+    for name in os.environ:
+        if name.startswith(PREFIX) and not name.startswith("CORE4_TEST_"):
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture(scope="session")
+def mongo_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """URL of the server of this session."""
+    if url := os.environ.get("CORE4_TEST_MONGO_URL"):
+        yield url
+        return
+    with EmbeddedServer(tmp_path_factory.mktemp("embedded")) as server:
+        yield server.url
+
+
+@pytest.fixture
+def database_name() -> str:
+    """A name that no other test uses."""
+    return f"test_{uuid.uuid4().hex[:16]}"
+
+
+@pytest.fixture
+async def database(mongo_url: str, database_name: str) -> AsyncIterator[Database]:
+    """An empty database; it is dropped after the test."""
+    database = await Database.connect(mongo_url, database_name, app_name="tests")
+    yield database
+    await database.drop()
+    await database.close()
+
+
+@pytest.fixture
+def settings(mongo_url: str, database_name: str, tmp_path: Path) -> Settings:
+    """Settings with timings that show failures within seconds."""
+    return Settings.load(
+        environ=FAST, mongo_url=mongo_url, mongo_database=database_name, home=tmp_path / "home", slots=2
+    )
+
+
+@pytest.fixture
+async def queue(database: Database, settings: Settings) -> JobQueue:
+    """The queue of the test's database, with its indexes."""
+    queue = JobQueue(database, settings)
+    await queue.prepare()
+    return queue
+
+
+@pytest.fixture
+async def logs(database: Database) -> LogStore:
+    """The log lines of the test's database, with their indexes."""
+    logs = LogStore(database)
+    await logs.prepare()
+    return logs
+
+
+@pytest.fixture
+async def registry(database: Database) -> WorkerRegistry:
+    """The workers of the test's database, with their indexes."""
+    registry = WorkerRegistry(database)
+    await registry.prepare()
+    return registry
+
+
+@pytest.fixture
+def catalogue(database: Database) -> Catalogue:
+    """The catalogue of the test's database."""
+    return Catalogue(database)
+
+
+@pytest.fixture
+def stack(tmp_path: Path) -> Iterator[Stack]:
+    """The installed `core4 up` with the example jobs, as real processes on a free port."""
+    with running_stack(tmp_path) as stack:
+        yield stack

@@ -1,0 +1,539 @@
+"""The queue on a real server against a model of it: every move, every refusal, in any order.
+
+``CORE4_TEST_EXAMPLES`` asks for more examples than the suite has time for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+from bson import ObjectId
+from hypothesis import HealthCheck, seed, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from core4 import states, transitions
+from core4.config import Settings
+from core4.database import Database
+from core4.errors import Conflict, Core4Error, JobExists, JobNotFound, LeaseLost
+from core4.jobs import Job, JobOrder, Owner, derived_id, utcnow
+from core4.queues import JOURNAL, QUEUE, JobQueue
+from core4.retries import Outcome
+from core4.states import FINAL, WAITING, Flag, State
+
+EXAMPLES = int(os.environ.get("CORE4_TEST_EXAMPLES", "60"))
+# Hypothesis leaves rules out for whole examples: batches with other seeds until everything was reached.
+BATCH, MOST_BATCHES = 30, max(20, EXAMPLES // 30)
+ATTEMPTS, MAX_CRASHES, MAX_CLAIMS = 2, 2, 2
+FLAGS: tuple[Flag, ...] = ("wall", "zombie")
+MANY = 5  # open jobs at once; more say nothing new
+OUTCOMES = {
+    "complete": Outcome.complete({"n": 1}),
+    "failed": Outcome.failed("no", []),
+    "deferred": Outcome.deferred("later"),
+    "killed": Outcome.killed("killed"),
+}
+picks = st.integers(0, 119)
+
+
+@dataclass
+class Row:
+    """What the model knows of one job."""
+
+    id: ObjectId
+    key: str
+    keep: bool
+    priority: int
+    state: State = State.PENDING
+    due: bool = True
+    later: bool = False  # waits for a time
+    holds: bool = True  # its place: no other job of the same key
+    lease: str | None = None
+    owner: str | None = None
+    killed: bool = False
+    removed: bool = False
+    journal: bool = False
+    child: ObjectId | None = None
+    wished: bool = False  # a restart that waits for the end of a kill
+    restarts: int = 0
+    attempts_left: int = ATTEMPTS
+    crashes: int = 0
+    claims: int = 0
+    trial: int = 0
+    flags: set[str] = field(default_factory=set)
+    written: set[str] = field(default_factory=set)
+
+    def shown(self) -> dict[str, Any]:
+        """What has to be found in the database."""
+        return {
+            "state": self.state.value,
+            "due": self.due,
+            "later": self.later,
+            "holds": self.holds,
+            "lease": self.lease,
+            "killed": self.killed,
+            "removed": self.removed,
+            "journal": self.journal,
+            "child": self.child,
+            "attempts_left": self.attempts_left,
+            "crashes": self.crashes,
+            "claims": self.claims,
+            "trial": self.trial,
+            "flags": self.flags,
+        }
+
+    @property
+    def open(self) -> bool:
+        return not self.journal and self.state not in FINAL
+
+
+def stored(document: dict[str, Any], *, journal: bool) -> dict[str, Any]:
+    """The same of a stored document."""
+    return {
+        "state": document["state"],
+        "due": bool(document.get("due")),
+        "later": document.get("query_at") is not None,
+        "holds": "unique_key" in document and not journal,
+        "lease": (document.get("lease") or {}).get("id"),
+        "killed": document["killed_at"] is not None,
+        "removed": document["removed_at"] is not None,
+        "journal": journal,
+        "child": document["enqueued"].get("child_id"),
+        "attempts_left": document["attempts_left"],
+        "crashes": document["crashes"],
+        "claims": document["claims"],
+        "trial": document["trial"],
+        "flags": {flag for flag in FLAGS if document[f"{flag}_at"] is not None},
+    }
+
+
+class CountingQueue(JobQueue):
+    """Notes which moves were made."""
+
+    moves: ClassVar[Counter[tuple[str, str, str]]] = Counter()
+
+    async def _cas(self, seen: Job, change: transitions.Change) -> Job | None:
+        after = await super()._cas(seen, change)
+        if after is not None:
+            self.moves[change.move, seen.state.value, after.state.value] += 1
+        return after
+
+
+class QueueMachine(RuleBasedStateMachine):
+    """Random operations on the queue and on the model; after each both say the same."""
+
+    runner: ClassVar[asyncio.Runner]
+    database: ClassVar[Database]
+    queue: ClassVar[CountingQueue]
+    refused: ClassVar[Counter[tuple[str, str]]] = Counter()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[Row] = []
+        self.handles: list[Job] = []
+        self.owners: list[Owner] = []
+        self.touched: Row | None = None
+
+    def do(self, awaitable: Awaitable[Any]) -> Any:
+        async def run() -> Any:
+            return await awaitable
+
+        return self.runner.run(run())
+
+    def raw(self, row: Row, **fields: Any) -> None:
+        """What time does to a document, at once."""
+        self.do(self.database.collection(QUEUE).update_one({"_id": row.id}, {"$set": fields}))
+
+    def expect(
+        self, op: str, state: str, error: type[Core4Error] | None, call: Callable[[], Awaitable[Any]]
+    ) -> Any:
+        """Run `call`; it must be refused with `error`, or not at all."""
+        if error is None:
+            return self.do(call())
+        self.refused[op, state] += 1
+        with pytest.raises(error):
+            self.do(call())
+        return None
+
+    def row(self, pick: int) -> Row:
+        """Every other time the job that was touched last: what is interesting happens to one job."""
+        if pick % 2 and self.touched is not None:
+            return self.touched
+        self.touched = self.rows[-1 - pick // 2 % min(len(self.rows), 2 * MANY)]
+        return self.touched
+
+    @initialize()
+    def start_empty(self) -> None:
+        for name in (QUEUE, JOURNAL):
+            self.do(self.database.collection(name).delete_many({}))
+        self.owners = [self.new_owner(number) for number in range(2)]
+        # Without a job nothing can happen, and hypothesis leaves a rule out for whole examples.
+        for key in "abc":
+            self.enqueue(key, key != "c", 0)
+
+    def new_owner(self, number: int) -> Owner:
+        return Owner(ObjectId().__str__(), f"worker{number}@here", "here", 1)
+
+    # ------------------------------------------------------------------ people
+
+    @precondition(lambda self: sum(row.open for row in self.rows) < MANY)
+    @rule(key=st.sampled_from("abcd"), keep=st.booleans(), priority=st.integers(0, 1))
+    def enqueue(self, key: str, keep: bool, priority: int) -> None:
+        taken = any(row.key == key and row.holds for row in self.rows)
+        order = JobOrder(
+            name="tests.Job",
+            args={"key": key},
+            options={"attempts": ATTEMPTS, "priority": priority},
+            keep_stopped=keep,
+        )
+        job = self.expect("enqueue", "taken", JobExists if taken else None, lambda: self.queue.enqueue(order))
+        if job is not None:
+            self.rows.append(Row(job.id, key, keep, priority))
+
+    @precondition(lambda self: self.rows)
+    @rule(pick=picks)
+    def kill(self, pick: int) -> None:
+        row = self.row(pick)
+        again = row.state is State.KILLED or (row.state is State.RUNNING and row.killed)
+        refused = not again and (row.state in FINAL or row.removed)
+        state = "removed" if row.removed else row.state.value
+        told = self.expect(
+            "kill", state, Conflict if refused else None, lambda: self.queue.kill(row.id, by="ann")
+        )
+        if refused:
+            return
+        assert told[1] is not again
+        if again:
+            return
+        row.killed = True
+        if row.state is not State.RUNNING:
+            self.end(row, State.KILLED)
+
+    @precondition(lambda self: self.rows)
+    @rule(pick=picks)
+    def restart(self, pick: int) -> None:
+        row = self.row(pick)
+        wish = row.state is State.RUNNING and row.killed
+        waits = row.state in (State.FAILED, State.DEFERRED) and not row.removed
+        error: type[Core4Error] | None = None
+        if not waits and row.state not in FINAL and not wish:
+            error = Conflict
+        child = next((each for each in self.rows if each.id == row.child), None)
+        same = row.child is not None and (wish or (child is not None and child.open))
+        makes = not waits and error is None and not wish and not same
+        if makes and any(each.key == row.key and each.holds for each in self.rows if each is not row):
+            error = JobExists
+        state = "taken" if error is JobExists else "removed" if row.removed else row.state.value
+        told = self.expect("restart", state, error, lambda: self.queue.restart(row.id, by="ann"))
+        if error is Conflict:
+            return
+        if waits:
+            assert told == row.id
+            row.due, row.later = True, False
+        elif same:
+            assert told == row.child
+        else:
+            row.child = derived_id(row.id, "restart", row.restarts)
+            row.restarts += 1
+            row.wished = True
+            assert told == (None if error else row.child)
+            if not wish:
+                row.holds = False
+                self.settle(row)
+
+    @precondition(lambda self: self.rows)
+    @rule(pick=picks)
+    def remove(self, pick: int) -> None:
+        row = self.row(pick)
+        error: type[Core4Error] | None = None
+        if row.journal or row.removed or row.state is State.COMPLETE:
+            error = JobNotFound
+        elif row.state is State.RUNNING and not row.killed:
+            error = Conflict
+        self.expect("remove", row.state.value, error, lambda: self.queue.remove(row.id, by="ann"))
+        if error is None:
+            row.removed = True
+            if row.state is not State.RUNNING:
+                row.due = row.later = row.holds = False
+                self.settle(row)
+
+    @precondition(lambda self: self.rows)
+    @rule(
+        pick=picks, buttons=st.lists(st.sampled_from(("kill", "restart", "remove")), min_size=2, max_size=3)
+    )
+    def press(self, pick: int, buttons: list[str]) -> None:
+        """Somebody who presses one button after the other."""
+        self.row(pick)
+        for button in buttons:
+            getattr(self, button)(1)  # an odd number: the same job
+            self.the_same()
+
+    # ------------------------------------------------------------------ workers
+
+    @rule(number=st.integers(0, 1), kind=st.sampled_from(sorted(OUTCOMES)))
+    def work(self, number: int, kind: str) -> None:
+        """What a worker does most of the time."""
+        before = len(self.handles)
+        self.claim(number)
+        if len(self.handles) > before:
+            self.start(1)
+            self.finish(1, kind)
+
+    @rule(number=st.integers(0, 1))
+    def claim(self, number: int) -> None:
+        line = [row for row in self.rows if row.due]
+        expected = min(line, key=lambda row: (-row.priority, self.rows.index(row))) if line else None
+        jobs = self.do(self.queue.claim(self.owners[number], namespaces=["DEFAULT"]))
+        assert [job.id for job in jobs] == ([expected.id] if expected else [])
+        if expected is not None:
+            (job,) = jobs
+            self.touched = expected
+            self.handles.append(job)
+            expected.state, expected.due, expected.later = State.RUNNING, False, False
+            expected.lease, expected.owner = job.lease.id, job.lease.owner
+            expected.claims += 1
+
+    def handle(self, pick: int, op: str) -> tuple[Job, Row, str, type[Core4Error] | None]:
+        """A job as somebody claimed it at some time, its row, and whether that still counts."""
+        # Every other time the newest, else one of the next: older ones are stale in the same way.
+        job = self.handles[-1 - (0 if pick % 2 else pick // 2 % min(len(self.handles), 5))]
+        self.touched = row = next(row for row in self.rows if row.id == job.id)
+        assert job.lease is not None
+        lost = row.lease != job.lease.id
+        if lost and op == "finish" and job.lease.id in row.written:
+            lost = False
+        return job, row, job.lease.id, LeaseLost if lost else None
+
+    @precondition(lambda self: self.handles)
+    @rule(pick=picks)
+    def start(self, pick: int) -> None:
+        job, row, _, error = self.handle(pick, "start")
+        self.expect("start", row.state.value, error, lambda: self.queue.start(job))
+        if error is None and row.claims:
+            row.claims = 0
+            row.trial += 1
+
+    @precondition(lambda self: self.handles)
+    @rule(pick=picks)
+    def progress(self, pick: int) -> None:
+        job, row, _, error = self.handle(pick, "progress")
+        self.expect("progress", row.state.value, error, lambda: self.queue.progress(job, 0.5, "half"))
+
+    @precondition(lambda self: self.handles)
+    @rule(pick=picks, what=st.sampled_from(FLAGS))
+    def flag(self, pick: int, what: Flag) -> None:
+        job, row, _, error = self.handle(pick, "flag")
+        self.expect("flag", row.state.value, error, lambda: self.queue.flag(job, what, reason="late"))
+        if error is None:
+            row.flags.add(what)
+
+    @precondition(lambda self: self.handles)
+    @rule(pick=picks, kind=st.sampled_from(sorted(OUTCOMES)))
+    def finish(self, pick: int, kind: str) -> None:
+        job, row, lease, error = self.handle(pick, "finish")
+        self.expect(
+            "finish",
+            row.state.value,
+            error,
+            lambda: self.queue.finish(job, OUTCOMES[kind], log_seq=row.trial << 32),
+        )
+        if error is not None or lease in row.written:
+            return
+        row.written.add(lease)
+        if kind == "complete":
+            row.attempts_left = max(row.attempts_left - 1, 0)
+            row.holds = False
+            self.end(row, State.COMPLETE)
+        elif kind == "killed" or row.killed:
+            row.killed = True
+            self.end(row, State.KILLED)
+        elif kind == "deferred":
+            self.wait(row, State.DEFERRED)
+        else:
+            row.attempts_left = max(row.attempts_left - 1, 0)
+            if row.attempts_left:
+                self.wait(row, State.FAILED)
+            else:
+                self.end(row, State.ERROR)
+
+    @precondition(lambda self: self.handles)
+    @rule(pick=picks, delay=st.sampled_from((0.0, 3600.0)))
+    def release(self, pick: int, delay: float) -> None:
+        job, row, lease, error = self.handle(pick, "release")
+        self.expect(
+            "release", row.state.value, error, lambda: self.queue.release(job, reason="enough", delay=delay)
+        )
+        if error is not None:
+            return
+        if row.killed:
+            row.written.add(lease)
+            self.end(row, State.KILLED)
+        else:
+            row.claims = max(row.claims - 1, 0)
+            self.wait(row, State.PENDING, later=delay > 0)
+
+    # ------------------------------------------------------------------ upkeep
+
+    @rule()
+    def promote(self) -> None:
+        for row in self.rows:
+            if row.later:
+                self.raw(row, query_at=utcnow() - timedelta(seconds=1))
+                row.due, row.later = True, False
+        self.do(self.queue.promote())
+
+    @precondition(lambda self: any(row.state is State.DEFERRED and not row.journal for row in self.rows))
+    @rule(pick=picks)
+    def expire(self, pick: int) -> None:
+        deferred = [row for row in self.rows if row.state is State.DEFERRED and not row.journal]
+        row = deferred[pick % len(deferred)]
+        self.raw(row, expires=utcnow() - timedelta(seconds=1))
+        assert self.do(self.queue.expire()) == 1
+        self.end(row, State.INACTIVE)
+
+    @rule(number=st.integers(0, 1))
+    def rescue(self, number: int) -> None:
+        """A worker is dead; another one, with another id, takes its place."""
+        dead = self.owners[number]
+        self.owners[number] = self.new_owner(number)
+        alive = {owner.id for owner in self.owners}
+
+        async def ask() -> set[str]:
+            return alive
+
+        held = [row for row in self.rows if row.owner == dead.id]
+        assert self.do(self.queue.rescue(ask)) == len(held)
+        for row in held:
+            self.crash(row)
+
+    def crash(self, row: Row) -> None:
+        if row.killed:
+            return self.end(row, State.KILLED)
+        ran = row.claims == 0
+        row.crashes += ran
+        if row.crashes < MAX_CRASHES and row.claims < MAX_CLAIMS:
+            return self.wait(row, State.PENDING, later=ran)
+        return self.end(row, State.ERROR)
+
+    @rule()
+    def sweep(self) -> None:
+        """Nothing died half way: there is nothing to sweep."""
+        assert self.do(self.queue.sweep()) == 0
+
+    # ------------------------------------------------------------------ the model's own moves
+
+    def wait(self, row: Row, state: State, *, later: bool = True) -> None:
+        row.state, row.lease, row.owner = state, None, None
+        row.later, row.due = later, not later
+
+    def end(self, row: Row, state: State) -> None:
+        row.state, row.lease, row.owner, row.due, row.later = state, None, None, False, False
+        if row.wished and state is State.KILLED:
+            row.holds = False
+        self.settle(row)
+
+    def settle(self, row: Row) -> None:
+        if row.wished:
+            row.wished = False
+            if any(each.key == row.key and each.holds for each in self.rows):
+                row.child = None
+            else:
+                child = Row(derived_id(row.id, "restart", row.restarts - 1), row.key, row.keep, row.priority)
+                child.trial = row.trial
+                self.rows.append(child)
+        stays = row.keep and row.state is not State.COMPLETE and row.child is None
+        if row.removed or (row.state in FINAL and not stays):
+            row.journal, row.holds = True, False
+
+    # ------------------------------------------------------------------ what must hold
+
+    @invariant()
+    def the_same(self) -> None:
+        """The database says what the model says; each job is in one place."""
+        found: dict[ObjectId, dict[str, Any]] = {}
+        for name, journal in ((QUEUE, False), (JOURNAL, True)):
+            for document in self.do(self.database.collection(name).find({}).to_list(None)):
+                assert document["_id"] not in found, "in queue and journal"
+                assert not document.get("settle")
+                assert not document.get("outbox") or document["state"] == "running"
+                found[document["_id"]] = stored(document, journal=journal)
+        assert found == {row.id: row.shown() for row in self.rows}
+
+
+async def connected(url: str, name: str, home: Path) -> tuple[Database, CountingQueue]:
+    database = await Database.connect(url, name)
+    limits = Settings.load(
+        environ={}, mongo_url=url, home=home, max_crashes=MAX_CRASHES, max_claims=MAX_CLAIMS
+    )
+    queue = CountingQueue(database, limits)
+    await queue.prepare()
+    return database, queue
+
+
+def legal() -> set[str]:
+    """Every move of the table that this machine can make."""
+    # Nothing makes a blocked job yet, progress is no compare-and-set, and nothing is paused or limited here.
+    return set(states.MOVES) - {"unblock", "progress", "put_aside", "take_slot", "wake"}
+
+
+# What people and stale holders are told no for; each was seen often in one batch or another.
+REFUSALS = {
+    ("enqueue", "taken"),
+    *(("kill", state) for state in ("complete", "error", "inactive", "removed")),
+    *(("restart", state) for state in ("pending", "running", "removed", "taken")),
+    *(("remove", state) for state in ("running", "complete", "error", "killed")),
+    *((op, state) for op in ("start", "progress", "release") for state in ("pending", "complete", "killed")),
+    ("finish", "pending"),
+}
+FINISHED = {"complete", "failed", "error", "deferred", "killed"}
+
+
+def missing() -> dict[str, set[Any]]:
+    """What was not reached yet."""
+    moves = CountingQueue.moves
+    return {
+        "moves": legal() - {move for move, _, _ in moves},
+        "claims": {*WAITING} - {state for move, state, _ in moves if move == "claim"},
+        "finishes": FINISHED - {state for move, _, state in moves if move == "finish"},
+        "refusals": REFUSALS - set(QueueMachine.refused),
+    }
+
+
+@pytest.mark.timeout(600)
+def test_queue_and_model_agree(mongo_url: str, database_name: str, tmp_path: Path) -> None:
+    """No sequence of operations tells them apart, and every move and refusal was among them."""
+    with asyncio.Runner() as runner:
+        database, queue = runner.run(connected(mongo_url, database_name, tmp_path))
+        QueueMachine.runner, QueueMachine.database, QueueMachine.queue = runner, database, queue
+        profile = settings(
+            max_examples=BATCH,
+            stateful_step_count=60,
+            deadline=None,
+            database=None,
+            suppress_health_check=list(HealthCheck),
+        )
+        try:
+            for number in range(MOST_BATCHES):
+                if number * BATCH >= EXAMPLES and not any(missing().values()):
+                    break
+                run_state_machine_as_test(seed(number)(QueueMachine), settings=profile)
+        finally:
+            runner.run(database.drop())
+            runner.run(database.close())
+
+    assert {what: left for what, left in missing().items() if left} == {}

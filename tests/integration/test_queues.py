@@ -1,0 +1,721 @@
+"""The queue on a real server: every transition, and what two at once do to each other."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import uuid
+from collections.abc import Awaitable, Callable
+from datetime import timedelta
+from functools import partial
+from typing import Any
+
+import pytest
+from bson import ObjectId
+
+from core4 import jobs
+from core4.config import Settings
+from core4.database import Database
+from core4.errors import Conflict, JobExists, JobNotFound, LeaseLost
+from core4.jobs import Job, JobOrder, Owner, utcnow
+from core4.options import DEFAULTS
+from core4.queues import JOURNAL, QUEUE, JobQueue
+from core4.retries import Outcome
+from core4.states import Flag, State
+
+pytestmark = pytest.mark.asyncio
+
+NAMESPACES = ["DEFAULT"]
+OPTIONS_OF_0_1 = {
+    *("attempts", "error_time", "defer_time", "defer_max", "zombie_time", "wall_time"),
+    *("progress_interval", "max_parallel", "priority", "force", "worker"),
+}
+
+
+def owner(worker: str = "worker@here") -> Owner:
+    return Owner(id=uuid.uuid4().hex, worker=worker, hostname=socket.gethostname(), pid=1)
+
+
+def order(n: int = 0, **more: Any) -> JobOrder:
+    return JobOrder(**{"name": "tests.Job", "args": {"n": n}, "username": "ann", **more})
+
+
+@pytest.fixture(params=[False, True], ids=["peek", "find-and-modify"])
+async def queue(request: pytest.FixtureRequest, database: Database, settings: Settings) -> JobQueue:
+    """Both shapes of the claim pass the same tests."""
+    database.find_and_modify = request.param
+    queue = JobQueue(database, settings)
+    await queue.prepare()
+    return queue
+
+
+async def run(queue: JobQueue, who: Owner | None = None) -> Job:
+    """Claim and start the first job in line."""
+    (job,) = await queue.claim(who or owner(), namespaces=NAMESPACES)
+    return await queue.start(job, pid=1)
+
+
+async def stored(queue: JobQueue, job_id: ObjectId) -> tuple[dict[str, Any], bool]:
+    found = await queue.document(job_id)
+    assert found is not None
+    return found
+
+
+async def both(database: Database, job_id: ObjectId) -> tuple[int, int]:
+    """How often a job is in the queue and in the journal."""
+    where = {"_id": job_id}
+    return (
+        len(await database.collection(QUEUE).find(where).to_list(None)),
+        len(await database.collection(JOURNAL).find(where).to_list(None)),
+    )
+
+
+def path(document: dict[str, Any]) -> list[str]:
+    return [entry["state"] for entry in document["history"]]
+
+
+async def test_a_job_runs_to_its_journal(queue: JobQueue, database: Database) -> None:
+    """Pending, running, complete: then it is in the journal once and nowhere else."""
+    enqueued = await queue.enqueue(order())
+    job = await run(queue)
+    await queue.progress(job, 0.5, "half")
+    done = await queue.finish(job, Outcome.complete({"sum": 3}), log_seq=jobs.first_seq(1))
+
+    document, journaled = await stored(queue, enqueued.id)
+    assert journaled
+    assert await both(database, enqueued.id) == (0, 1)
+    assert document["state"] == done.state == State.COMPLETE
+    assert document["result"] == {"sum": 3}
+    assert document["prog"] == {"value": 1.0, "message": ""}
+    assert document["log_seq"] == jobs.first_seq(1)
+    assert document["trial"] == 1
+    assert document["attempts_left"] == 0
+    assert path(document) == ["pending", "running", "complete"]
+    revs = [entry["rev"] for entry in document["history"]]
+    assert revs == sorted(set(revs))
+    assert document["rev"] == revs[-1]
+    assert "lease" not in document
+    assert "unique_key" not in document
+
+
+@pytest.mark.row("S31")
+async def test_same_name_and_arguments_is_the_same_job(queue: JobQueue) -> None:
+    """One open job per name and arguments, whatever their order; also without arguments."""
+    first = await queue.enqueue(order(args={"a": 1, "b": {"c": 2, "d": 3}}))
+    with pytest.raises(JobExists) as caught:
+        await queue.enqueue(order(args={"b": {"d": 3, "c": 2}, "a": 1}))
+    assert caught.value.job_id == first.id
+    await queue.enqueue(order(args={}))
+    with pytest.raises(JobExists):
+        await queue.enqueue(order(args={}))
+    await queue.enqueue(order(args={"a": 2}))
+    await queue.enqueue(order(args={"a": 2}, unique=False))
+
+
+async def test_complete_frees_the_place_and_stopped_keeps_it(queue: JobQueue) -> None:
+    """The key is free in the finish write; an error holds it until it is removed."""
+    await queue.enqueue(order())
+    await queue.finish(await run(queue), Outcome.complete(None), log_seq=0)
+    failed = await queue.enqueue(order())
+    await queue.finish(await run(queue), Outcome.failed("boom", []), log_seq=0)
+    with pytest.raises(JobExists):
+        await queue.enqueue(order())
+    await queue.remove(failed.id, by="ann")
+    await queue.enqueue(order())
+
+
+async def test_once_means_one_job_per_id_also_when_it_is_journaled(
+    queue: JobQueue, database: Database
+) -> None:
+    """Waiting, running or done: the same id is the same job."""
+    job_id = jobs.derived_id("tests", "once")
+    first = await queue.enqueue(order(unique=False), job_id=job_id, once=True)
+    assert (await queue.enqueue(order(unique=False), job_id=job_id, once=True)).rev == first.rev
+    await queue.finish(await run(queue), Outcome.complete(None), log_seq=0)
+    again = await queue.enqueue(order(unique=False), job_id=job_id, once=True)
+    assert (again.state, again.journal) == (State.COMPLETE, True)
+    assert await both(database, job_id) == (0, 1)
+
+
+@pytest.mark.row("S32")
+async def test_defaults_of_a_fresh_job(queue: JobQueue) -> None:
+    """A job enqueued without options has core4's defaults (core4.md 3.2)."""
+    job = await queue.enqueue(order())
+    document, _ = await stored(queue, job.id)
+    expected = {
+        "attempts": 1,
+        "attempts_left": 1,
+        "error_time": 600,
+        "defer_time": 300,
+        "defer_max": 3600,
+        "zombie_time": 1800,
+        "wall_time": None,
+        "progress_interval": 5,
+        "max_parallel": 15,
+        "priority": 0,
+        "force": False,
+        "worker": None,
+        "trial": 0,
+        "state": "pending",
+    }
+    assert {key: document[key] for key in expected} == expected
+
+
+@pytest.mark.row("S34")
+async def test_what_is_stored_is_what_was_enqueued(queue: JobQueue) -> None:
+    """The job returned by enqueue equals the one loaded from the queue, field by field."""
+    job = await queue.enqueue(order(args={"deep": {"$a.b": [1, 2.5, None, "é"]}}, options={"priority": 7}))
+    assert await queue.get(job.id) == job
+
+
+@pytest.mark.row("S36")
+async def test_order_is_force_then_priority_then_time(queue: JobQueue) -> None:
+    """Jobs come out as they came in; a higher priority passes; force passes all."""
+    ids = [(await queue.enqueue(order(n))).id for n in range(3)]
+    urgent = await queue.enqueue(order(3, options={"priority": 1}))
+    forced = await queue.enqueue(order(4, options={"priority": -5, "force": True}))
+    low = await queue.enqueue(order(5, options={"priority": -1}))
+    claimed = [await queue.claim(owner(), namespaces=NAMESPACES) for _ in range(6)]
+    assert [job.id for (job,) in claimed] == [forced.id, urgent.id, *ids, low.id]
+    assert await queue.claim(owner(), namespaces=NAMESPACES) == []
+
+
+@pytest.mark.row("S37")
+async def test_each_job_is_claimed_once(queue: JobQueue) -> None:
+    """Twenty claimers at once on thirty jobs: each job has one holder."""
+    wanted = {(await queue.enqueue(order(n))).id for n in range(30)}
+
+    async def claimer() -> list[ObjectId]:
+        mine, got = owner(), []
+        while jobs := await queue.claim(mine, namespaces=NAMESPACES, limit=2):
+            got += [job.id for job in jobs]
+        return got
+
+    claims = [job_id for got in await asyncio.gather(*(claimer() for _ in range(20))) for job_id in got]
+    assert len(claims) == len(set(claims))
+    # A claimer that lost all its races may have left early: what is left is still in line.
+    left = await queue.claim(owner(), namespaces=NAMESPACES, limit=30)
+    assert {*claims, *(job.id for job in left)} == wanted
+
+
+async def test_other_namespaces_and_full_names_stay(queue: JobQueue) -> None:
+    """A worker takes only from its namespaces, and no name that is at its limit here."""
+    await queue.enqueue(order(namespace="other"))
+    await queue.enqueue(order(name="tests.Full"))
+    assert await queue.claim(owner(), namespaces=NAMESPACES, full={"tests.Full"}) == []
+    (job,) = await queue.claim(owner(), namespaces=["x", "other"])
+    assert job.namespace == "other"
+
+
+async def test_a_pinned_job_waits_for_its_worker(queue: JobQueue) -> None:
+    """Only the named worker gets it, in order with the jobs for all."""
+    pinned = await queue.enqueue(order(1, options={"worker": "me@here"}))
+    common = await queue.enqueue(order(2))
+    first = await queue.enqueue(order(3, options={"priority": 9}))
+    (job,) = await queue.claim(owner("other@here"), namespaces=NAMESPACES)
+    assert job.id == first.id
+    claimed = await queue.claim(owner("me@here"), namespaces=NAMESPACES, limit=5)
+    assert [job.id for job in claimed] == [pinned.id, common.id]
+
+
+async def test_a_pinned_job_is_retried_by_its_worker(queue: JobQueue) -> None:
+    """Failing and being due again, it is still for that worker only."""
+    pinned = await queue.enqueue(order(options={"worker": "me@here", "attempts": 2, "error_time": 0.01}))
+    me = owner("me@here")
+    await queue.finish(await run(queue, me), Outcome.failed("no", []), log_seq=0)
+    while not await queue.promote():
+        await asyncio.sleep(0)
+    assert await queue.claim(owner(), namespaces=NAMESPACES) == []
+    (job,) = await queue.claim(me, namespaces=NAMESPACES)
+    assert job.id == pinned.id
+
+
+async def test_failed_is_due_again_after_error_time(queue: JobQueue) -> None:
+    """A failed attempt waits, then runs again, and the last one ends as error with its traceback."""
+    await queue.enqueue(order(options={"attempts": 2, "error_time": 0.05}))
+    job = await queue.finish(await run(queue), Outcome.failed("ValueError()", ["line 1"]), log_seq=0)
+    assert (job.state, job.attempts_left) == (State.FAILED, 1)
+    assert await queue.claim(owner(), namespaces=NAMESPACES) == []
+    while not await queue.promote():
+        await asyncio.sleep(0.01)
+    job = await queue.finish(await run(queue), Outcome.failed("ValueError()", ["line 1"]), log_seq=0)
+    document, journaled = await stored(queue, job.id)
+    assert not journaled
+    assert document["state"] == "error"
+    assert document["last_error"]["traceback"] == ["line 1"]
+    assert path(document) == ["pending", "running", "failed", "running", "error"]
+
+
+async def test_deferred_past_its_window_is_inactive(queue: JobQueue) -> None:
+    """Whether it is due or not when the window ends."""
+    job = await queue.enqueue(order(options={"defer_time": 60, "defer_max": 0.01}))
+    deferred = await queue.finish(await run(queue), Outcome.deferred("later"), log_seq=0)
+    assert deferred.state is State.DEFERRED
+    assert deferred.attempts_left == 1
+    while not await queue.expire():
+        await asyncio.sleep(0.01)
+    document, _ = await stored(queue, job.id)
+    assert document["state"] == "inactive"
+    assert await queue.promote() == 0
+
+
+@pytest.mark.row("S39")
+async def test_failed_never_turns_inactive(queue: JobQueue) -> None:
+    """The window is for deferring: a failed job is retried up to its attempts, then it is an error."""
+    await queue.enqueue(order(options={"attempts": 3, "error_time": 0.01, "defer_max": 0.01}))
+    for expected in (State.FAILED, State.FAILED, State.ERROR):
+        job = await queue.finish(await run(queue), Outcome.failed("no", []), log_seq=0)
+        assert job.state is expected
+        assert await queue.expire() == 0
+        while expected is State.FAILED and not await queue.promote():
+            await asyncio.sleep(0.01)
+
+
+async def test_only_the_holder_writes(queue: JobQueue) -> None:
+    """After a rescue the old holder is refused everything, and a repeated finish is no error."""
+    await queue.enqueue(order())
+    old = await run(queue)
+
+    async def nobody() -> set[str]:
+        return set()
+
+    assert await queue.rescue(nobody) == 1
+    with pytest.raises(LeaseLost):
+        await queue.progress(old, 0.9, "late")
+    with pytest.raises(LeaseLost):
+        await queue.finish(old, Outcome.complete("stale"), log_seq=0)
+    with pytest.raises(LeaseLost):
+        await queue.release(old, reason="late")
+    document, _ = await stored(queue, old.id)
+    assert document["state"] == "pending"
+    assert document["crashes"] == 1
+    assert document["attempts_left"] == 1
+    while not await queue.promote():
+        await asyncio.sleep(0.05)
+    new = await run(queue)
+    first = await queue.finish(new, Outcome.complete("fresh"), log_seq=0)
+    again = await queue.finish(new, Outcome.complete("fresh"), log_seq=0)
+    assert (first.state, again.state, again.rev) == (State.COMPLETE, State.COMPLETE, first.rev)
+    assert (await stored(queue, new.id))[0]["result"] == "fresh"
+
+
+@pytest.mark.row("S41")
+@pytest.mark.parametrize("what", ["wall", "zombie"])
+async def test_a_flag_is_set_once_and_the_job_goes_on(queue: JobQueue, what: Flag) -> None:
+    """By its holder only; a later attempt finds it set; its reason is in the history."""
+    await queue.enqueue(order(options={"attempts": 2}))
+    job = await run(queue)
+    flagged = await queue.flag(job, what, reason="too long")
+    again = await queue.flag(job, what, reason="too long")
+    at = flagged.document[f"{what}_at"]
+    assert at is not None
+    assert (again.rev, again.document[f"{what}_at"]) == (flagged.rev, at)
+    await queue.finish(job, Outcome.failed("boom", []), log_seq=0)
+    with pytest.raises(LeaseLost):
+        await queue.flag(job, what, reason="too long")
+    await queue.restart(job.id, by="ann")
+    second = await run(queue)
+    assert (await queue.flag(second, what, reason="too long")).rev == second.rev
+    done = await queue.finish(second, Outcome.complete(1), log_seq=0)
+    document, _ = await stored(queue, done.id)
+    assert document[f"{what}_at"] == at
+    assert [note["reason"] for note in document["history"]].count("too long") == 1
+
+
+async def test_what_kills_its_workers_ends_as_poison(queue: JobQueue, settings: Settings) -> None:
+    """Crashes are counted apart from attempts; the last one is an error of category CRASH."""
+    job = await queue.enqueue(order(options={"attempts": 1}))
+
+    async def nobody() -> set[str]:
+        return set()
+
+    for _ in range(settings.max_crashes - 1):
+        await run(queue)
+        await queue.rescue(nobody)
+        await queue._queue.update_one({"_id": job.id}, {"$set": {"query_at": utcnow()}})
+        assert await queue.promote() == 1
+    await run(queue)
+    await queue.rescue(nobody)
+    document, _ = await stored(queue, job.id)
+    assert (document["state"], document["error_cat"]) == ("error", "CRASH")
+    assert document["attempts_left"] == 1
+
+
+async def test_the_living_keep_their_jobs(queue: JobQueue) -> None:
+    """Only jobs whose owner is not alive are taken away."""
+    await queue.enqueue(order())
+    me = owner()
+    job = await run(queue, me)
+
+    async def alive() -> set[str]:
+        return {me.id}
+
+    assert await queue.rescue(alive) == 0
+    assert (await queue.running(me.id))[0].id == job.id
+
+
+async def test_release_is_free(queue: JobQueue) -> None:
+    """A released job is due at once or after the delay, and nothing is charged."""
+    await queue.enqueue(order())
+    (job,) = await queue.claim(owner(), namespaces=NAMESPACES)
+    released = await queue.release(job, reason="unknown here", delay=30)
+    assert (released.state, released.attempts_left, released.claims) == (State.PENDING, 1, 0)
+    assert await queue.claim(owner(), namespaces=NAMESPACES) == []
+
+
+@pytest.mark.row("S43")
+async def test_kill_of_what_nobody_runs_is_done_at_once(queue: JobQueue) -> None:
+    """Pending, failed and deferred jobs end as killed; a second kill changes nothing."""
+    pending = await queue.enqueue(order(1))
+    killed, changed = await queue.kill(pending.id, by="ann")
+    assert (killed.state, changed) == (State.KILLED, True)
+    assert await queue.claim(owner(), namespaces=NAMESPACES) == []
+    again, changed = await queue.kill(pending.id, by="bob")
+    assert (again.rev, changed) == (killed.rev, False)
+    document, _ = await stored(queue, pending.id)
+    assert document["killed_at"] is not None
+    assert document["finished_at"] is not None
+    assert document["history"][-1]["by"] == "ann"
+
+    await queue.enqueue(order(2, options={"attempts": 2}))
+    failed = await queue.finish(await run(queue), Outcome.failed("x", []), log_seq=0)
+    assert (await queue.kill(failed.id, by="ann"))[0].state is State.KILLED
+
+
+async def test_kill_of_a_running_job_flags_it(queue: JobQueue) -> None:
+    """Its worker ends it; a result that was faster stands, a failure is the kill's."""
+    for outcome, state in (
+        (Outcome.killed("on request"), State.KILLED),
+        (Outcome.failed("SystemExit()", []), State.KILLED),
+        (Outcome.complete(1), State.COMPLETE),
+    ):
+        job = await queue.enqueue(order(unique=False))
+        held = await run(queue)
+        flagged, changed = await queue.kill(job.id, by="ann")
+        assert (flagged.state, changed) == (State.RUNNING, True)
+        assert (await queue.finish(held, outcome, log_seq=0)).state is state
+        if state is State.COMPLETE:
+            with pytest.raises(Conflict):
+                await queue.kill(job.id, by="ann")
+
+
+async def test_kill_of_nothing(queue: JobQueue) -> None:
+    """An id that no job has."""
+    with pytest.raises(JobNotFound):
+        await queue.kill(ObjectId(), by="ann")
+
+
+@pytest.mark.row("S40")
+@pytest.mark.parametrize("state", ["pending", "failed", "deferred", "inactive", "error", "killed"])
+async def test_remove_keeps_the_state(queue: JobQueue, database: Database, state: str) -> None:
+    """Out of the queue, one row in the journal with the state it had; removed twice is not found."""
+    job = await put(queue, State(state))
+    await queue.remove(job.id, by="ann")
+    assert await both(database, job.id) == (0, 1)
+    document, _ = await stored(queue, job.id)
+    assert document["state"] == state
+    assert document["removed_at"] is not None
+    with pytest.raises(JobNotFound):
+        await queue.remove(job.id, by="ann")
+
+
+async def put(queue: JobQueue, state: State, **more: Any) -> Job:
+    """A job in the queue in this state."""
+    options = {"attempts": 2 if state is State.FAILED else 1, "defer_max": 0.001}
+    job = await queue.enqueue(order(options=options, **more))
+    if state is State.PENDING:
+        return job
+    if state is State.KILLED:
+        return (await queue.kill(job.id, by="ann"))[0]
+    deferred = state in (State.DEFERRED, State.INACTIVE)
+    outcome = Outcome.deferred("later") if deferred else Outcome.failed("no", [])
+    job = await queue.finish(await run(queue), outcome, log_seq=0)
+    while state is State.INACTIVE and not await queue.expire():
+        await asyncio.sleep(0.01)
+    return await queue.get(job.id)
+
+
+async def test_remove_of_a_running_job_waits_for_its_kill(queue: JobQueue, database: Database) -> None:
+    """Running is refused; with a kill under way the wish is stored and done with it."""
+    job = await queue.enqueue(order())
+    held = await run(queue)
+    with pytest.raises(Conflict):
+        await queue.remove(job.id, by="ann")
+    await queue.kill(job.id, by="ann")
+    await queue.remove(job.id, by="ann")
+    await queue.finish(held, Outcome.killed("on request"), log_seq=0)
+    assert await both(database, job.id) == (0, 1)
+    assert (await stored(queue, job.id))[0]["state"] == "killed"
+
+
+@pytest.mark.row("S44")
+@pytest.mark.parametrize("state", ["failed", "deferred"])
+async def test_restart_of_a_waiting_job_is_now(queue: JobQueue, state: str) -> None:
+    """Same id, due at once, second trial."""
+    job = await put(queue, State(state))
+    assert await queue.restart(job.id, by="ann") == job.id
+    again = await run(queue)
+    assert (again.id, again.trial) == (job.id, 2)
+    assert (await queue.finish(again, Outcome.complete(1), log_seq=0)).state is State.COMPLETE
+
+
+@pytest.mark.row("S44")
+@pytest.mark.parametrize("state", ["error", "killed", "inactive", "complete"])
+async def test_restart_of_an_ended_job_is_a_new_one(queue: JobQueue, database: Database, state: str) -> None:
+    """New id, linked both ways, the old one journaled; asked twice it is the same child."""
+    if state == "complete":
+        await queue.enqueue(order())
+        job = await queue.finish(await run(queue), Outcome.complete(1), log_seq=0)
+    else:
+        job = await put(queue, State(state))
+    child_id = await queue.restart(job.id, by="bob")
+    assert child_id != job.id
+    assert await queue.restart(job.id, by="bob") == child_id
+    parent, journaled = await stored(queue, job.id)
+    child, _ = await stored(queue, child_id)
+    assert journaled
+    assert (parent["enqueued"]["child_id"], child["enqueued"]["parent_id"]) == (child_id, job.id)
+    assert (child["args"], child["name"], child["state"]) == (parent["args"], parent["name"], "pending")
+    assert child["attempts_left"] == child["attempts"]
+    assert child["enqueued"]["username"] == "bob"
+    assert "outbox" not in parent
+    assert "settle" not in parent
+    with pytest.raises(JobExists):
+        await queue.enqueue(order())
+    await queue.finish(await run(queue), Outcome.complete(2), log_seq=0)
+    assert (await both(database, job.id), await both(database, child_id)) == ((0, 1), (0, 1))
+    later = await queue.restart(job.id, by="bob")
+    assert later not in (job.id, child_id)
+
+
+@pytest.mark.row("S47")
+async def test_a_claim_of_forced_jobs_takes_no_other(queue: JobQueue) -> None:
+    """In their order, from all namespaces and those for this worker; the others keep theirs."""
+    me = owner("me@here")
+    for n in range(70):
+        await queue.enqueue(order(n, options={"priority": 1000}))
+    plain = [await queue.claim(me, namespaces=NAMESPACES)]
+    low = await queue.enqueue(order(100, options={"force": True, "priority": -1000}))
+    high = await queue.enqueue(order(101, options={"force": True}, namespace="other"))
+    full = await queue.enqueue(order(102, options={"force": True}, name="tests.Full"))
+    mine = await queue.enqueue(order(103, options={"force": True, "worker": "me@here"}))
+    await queue.enqueue(order(104, options={"worker": "me@here"}))
+    await queue.enqueue(order(105, options={"force": True, "worker": "you@here"}))
+
+    where: dict[str, Any] = {"namespaces": ["DEFAULT", "other"], "forced": True}
+    claimed = await queue.claim(me, **where, limit=10, full={"tests.Full"})
+    assert {job.id for job in claimed} == {low.id, high.id, mine.id}
+    assert claimed[-1].id == low.id
+    assert await queue.claim(me, namespaces=NAMESPACES, forced=True, full={"tests.Full"}) == []
+    assert [job.id for job in await queue.claim(me, **where, limit=10)] == [full.id]
+    assert await queue.claim(me, **where) == []
+    while jobs := await queue.claim(owner(), namespaces=NAMESPACES, limit=8):
+        plain.append(jobs)
+    assert [job.args["n"] for some in plain for job in some] == list(range(70))
+
+
+async def test_a_job_of_an_older_version_runs_and_is_restarted(queue: JobQueue, database: Database) -> None:
+    """Options that came later are not in its document: their defaults count."""
+    old = await queue.enqueue(order(options={"attempts": 2}))
+    later = dict.fromkeys(set(DEFAULTS) - OPTIONS_OF_0_1, 1)
+    assert later
+    await database.collection(QUEUE).update_one({"_id": old.id}, {"$unset": later})
+    await queue.finish(await run(queue), Outcome.failed("boom", []), log_seq=0)
+    await queue.restart(old.id, by="ann")
+    failed = await queue.finish(await run(queue), Outcome.failed("boom", []), log_seq=0)
+    assert failed.state is State.ERROR
+    child_id = await queue.restart(old.id, by="ann")
+    child, _ = await stored(queue, child_id)
+    assert {name: child[name] for name in DEFAULTS} == {**DEFAULTS, "attempts": 2}
+
+
+async def test_restart_while_a_kill_is_under_way(queue: JobQueue, database: Database) -> None:
+    """The child's id is known at once; the child follows when the old job has ended."""
+    job = await queue.enqueue(order())
+    held = await run(queue)
+    with pytest.raises(Conflict):
+        await queue.restart(job.id, by="ann")
+    await queue.kill(job.id, by="ann")
+    child_id = await queue.restart(job.id, by="ann")
+    assert await queue.restart(job.id, by="ann") == child_id
+    assert await queue.document(child_id) is None
+    await queue.finish(held, Outcome.killed("on request"), log_seq=0)
+    assert (await stored(queue, child_id))[0]["state"] == "pending"
+    assert await both(database, job.id) == (0, 1)
+
+
+async def test_restart_finds_its_place_taken(queue: JobQueue) -> None:
+    """Another job with the same key was enqueued when the parent gave its place up: refused, nothing lost."""
+    error = await put(queue, State.ERROR)
+    await queue._queue.update_one({"_id": error.id}, {"$unset": {"unique_key": 1}})
+    other = await queue.enqueue(order())
+    with pytest.raises(JobExists) as caught:
+        await queue.restart(error.id, by="ann")
+    assert caught.value.job_id == other.id
+    document, journaled = await stored(queue, error.id)
+    assert not journaled
+    assert document["state"] == "error"
+    assert document["enqueued"].get("child_id") is None
+    await queue.remove(other.id, by="ann")
+    assert await queue.restart(error.id, by="ann") != error.id
+
+
+async def test_restart_of_what_waits_is_refused(queue: JobQueue) -> None:
+    """A pending job is going to run anyway; a removed one never ran."""
+    job = await queue.enqueue(order())
+    with pytest.raises(Conflict):
+        await queue.restart(job.id, by="ann")
+    await queue.remove(job.id, by="ann")
+    with pytest.raises(Conflict):
+        await queue.restart(job.id, by="ann")
+
+
+async def test_tasks_leave_the_queue_when_they_stop(queue: JobQueue, database: Database) -> None:
+    """Only job classes stay where they stopped."""
+    job = await queue.enqueue(order(keep_stopped=False))
+    await queue.finish(await run(queue), Outcome.failed("no", []), log_seq=0)
+    assert await both(database, job.id) == (0, 1)
+    child = await queue.restart(job.id, by="ann")
+    assert (await stored(queue, child))[0]["state"] == "pending"
+
+
+async def test_a_sweep_finishes_what_a_dead_process_began(queue: JobQueue, database: Database) -> None:
+    """Died after the finish, after the copy to the journal, or before the child was made."""
+    queue._try_settle = lambda job: asyncio.sleep(0, 0)  # type: ignore[method-assign]
+    done = await queue.enqueue(order(1))
+    await queue.finish(await run(queue), Outcome.complete(1), log_seq=0)
+    copied = await queue.enqueue(order(2))
+    await queue.finish(await run(queue), Outcome.complete(2), log_seq=0)
+    document, _ = await stored(queue, copied.id)
+    await database.collection(JOURNAL).insert_one({k: v for k, v in document.items() if k != "settle"})
+    killing = await queue.enqueue(order(3))
+    held = await run(queue)
+    await queue.kill(killing.id, by="ann")
+    child_id = await queue.restart(killing.id, by="ann")
+    await queue.finish(held, Outcome.killed("x"), log_seq=0)
+    del queue._try_settle
+
+    assert await queue.sweep() == 3
+    assert await queue.sweep() == 0
+    for job_id in (done.id, copied.id, killing.id):
+        assert await both(database, job_id) == (0, 1)
+    assert (await stored(queue, child_id))[0]["state"] == "pending"
+
+
+async def test_what_is_in_the_journal_never_runs(queue: JobQueue, database: Database) -> None:
+    """An insert that arrives after the job was finished and journaled is found out before the start."""
+    job = await queue.enqueue(order())
+    document, _ = await stored(queue, job.id)
+    await queue.finish(await run(queue), Outcome.complete(1), log_seq=0)
+    await database.collection(QUEUE).insert_one(document)
+    (late,) = await queue.claim(owner(), namespaces=NAMESPACES)
+    with pytest.raises(LeaseLost):
+        await queue.start(late, pid=1)
+    assert await both(database, job.id) == (0, 1)
+
+
+def nested(levels: int) -> Any:
+    value: Any = 1
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize(
+    "result",
+    [2**70, "\ud800", {"a": "x" * 17_000_000}, {"nul\0key": 1}, nested(65), {"a": nested(300)}],
+    ids=["int", "surrogate", "huge", "nul", "deep", "deeper"],
+)
+async def test_a_result_that_cannot_be_stored_is_an_error(queue: JobQueue, result: Any) -> None:
+    """It never stays running."""
+    await queue.enqueue(order())
+    job = await queue.finish(await run(queue), Outcome.complete(result), log_seq=0)
+    assert job.state is State.ERROR
+    assert "cannot be stored" in job.document["last_error"]["exception"]
+
+
+async def test_a_result_of_many_levels_reaches_the_journal(queue: JobQueue, database: Database) -> None:
+    await queue.enqueue(order())
+    job = await queue.finish(await run(queue), Outcome.complete(nested(64)), log_seq=0)
+    assert job.state is State.COMPLETE
+    assert await both(database, job.id) == (0, 1)
+
+
+async def test_a_message_that_cannot_be_stored_is_escaped(queue: JobQueue) -> None:
+    """Names of files may come with lone surrogates; one must not end all reports of the job."""
+    await queue.enqueue(order())
+    job = await run(queue)
+    await queue.progress(job, 0.5, "file \udcff")
+    assert (await queue.get(job.id)).document["prog"] == {"value": 0.5, "message": "file \\udcff"}
+
+
+async def test_pages(queue: JobQueue) -> None:
+    """Counted after the filter, cut from either end, empty beyond it."""
+    ids = [(await queue.enqueue(order(n, args={"n": n, "even": n % 2 == 0}))).id for n in range(25)]
+    page = await queue.page({}, page=2, per_page=10)
+    assert ([row["_id"] for row in page.rows], page.total) == (ids[20:], 25)
+    last = await queue.page({}, page=-1, per_page=10)
+    assert [row["_id"] for row in last.rows] == ids[20:]
+    even = await queue.page({"args.even": True}, sort=[("args.n", -1)], page=0, per_page=5)
+    assert (even.total, [row["args"]["n"] for row in even.rows]) == (13, [24, 22, 20, 18, 16])
+    assert (await queue.page({}, page=9)).rows == []
+    assert (await queue.page({"name": "none"})).total == 0
+    assert await queue.counts() == {"pending": 25}
+
+
+@pytest.mark.parametrize("rival", ["kill", "remove", "restart", "rescue", "claim"])
+async def test_finish_against_others(queue: JobQueue, database: Database, rival: str) -> None:
+    """Whoever comes first, there is one outcome, told truthfully."""
+
+    async def nobody() -> set[str]:
+        return set()
+
+    for _ in range(5):
+        await queue.enqueue(order(unique=False))
+        held = await run(queue)  # a child of the round before may be first in line
+        others: dict[str, Callable[[], Awaitable[Any]]] = {
+            "kill": partial(queue.kill, held.id, by="ann"),
+            "remove": partial(queue.remove, held.id, by="ann"),
+            "restart": partial(queue.restart, held.id, by="ann"),
+            "rescue": partial(queue.rescue, nobody),
+            "claim": partial(queue.claim, owner(), namespaces=NAMESPACES),
+        }
+        finished: Any
+        answer: Any
+        finished, answer = await asyncio.gather(
+            queue.finish(held, Outcome.complete(1), log_seq=0), others[rival](), return_exceptions=True
+        )
+        document, journaled = await stored(queue, held.id)
+        if isinstance(finished, LeaseLost):
+            assert rival == "rescue"
+            assert (document["state"], answer) == ("pending", 1)
+        else:
+            assert isinstance(finished, Job)
+            assert (document["state"], journaled) == ("complete", True)
+        recorded = [e for e in document["history"] if e["state"] == "complete" and e["lease"]]
+        assert len(recorded) == (document["state"] == "complete")
+        assert not isinstance(answer, BaseException) or isinstance(answer, Conflict | JobNotFound)
+
+
+async def test_claim_against_kill(queue: JobQueue) -> None:
+    """Killed and never claimed, or claimed and flagged: never both."""
+    for n in range(10):
+        job = await queue.enqueue(order(n))
+        claimed, (killed, _) = await asyncio.gather(
+            queue.claim(owner(), namespaces=NAMESPACES), queue.kill(job.id, by="ann")
+        )
+        document, _ = await stored(queue, job.id)
+        if claimed:
+            assert document["state"] == "running"
+            assert document["killed_at"] is not None
+        else:
+            assert document["state"] == killed.state == State.KILLED
+
+
+async def test_times_are_in_order(queue: JobQueue) -> None:
+    """The window of a deferred job starts with its first attempt."""
+    await queue.enqueue(order(options={"defer_max": 100}))
+    job = await run(queue)
+    assert job.inactive_at is not None
+    assert job.started_at is not None
+    assert job.inactive_at - job.started_at == timedelta(seconds=100)

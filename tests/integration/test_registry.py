@@ -1,0 +1,139 @@
+"""Workers come, renew, leave and are declared dead; what they can run is published."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from datetime import timedelta
+
+import pytest
+
+from core4.catalogue import Catalogue, matches
+from core4.changes import Change, ChangeFeed
+from core4.database import Database
+from core4.jobs import Owner
+from core4.registry import WORKER, WorkerRegistry
+
+pytestmark = pytest.mark.asyncio
+
+
+@pytest.fixture
+async def registry(database: Database) -> WorkerRegistry:
+    store = WorkerRegistry(database)
+    await store.prepare()
+    return store
+
+
+async def make_worker(registry: WorkerRegistry, *names: str) -> Owner:
+    owner = Owner(uuid.uuid4().hex, "worker@here", "here", 1)
+    await registry.register(owner, slots=2, namespaces=["DEFAULT"], jobs=names, version="0")
+    return owner
+
+
+async def test_a_worker_lives_until_it_leaves(registry: WorkerRegistry) -> None:
+    """Up, draining, down; a worker that left cannot renew."""
+    owner = await make_worker(registry, "a.Job")
+    assert await registry.serves("a.Job", "DEFAULT")
+    assert not await registry.serves("a.Job", "other")
+    assert not await registry.serves("b.Job")
+    await registry.serve(owner, ["b.Job"])
+    assert await registry.serves("b.Job")
+    assert await registry.beat(owner, running=1, draining=True)
+    assert (await registry.list())[0]["state"] == "drain"
+    assert await registry.beat(owner, running=1, draining=True, gate="cpu: 100 %")
+    assert (await registry.list())[0]["gate"] == "cpu: 100 %"
+    assert not await registry.serves("b.Job")
+    assert await registry.alive_ids() == {owner.id}
+    await registry.leave(owner)
+    assert await registry.alive_ids() == set()
+    assert not await registry.beat(owner, running=0)
+
+
+async def test_only_the_silent_are_buried_and_for_good(registry: WorkerRegistry, database: Database) -> None:
+    """By the server's clock; who was declared dead is told so at its next beat."""
+    silent, living = await make_worker(registry), await make_worker(registry)
+    late = await database.server_time() - timedelta(seconds=60)
+    await database.collection(WORKER).update_one({"_id": silent.id}, {"$set": {"beat": late}})
+    assert await registry.bury(30) == [silent.id]
+    assert await registry.bury(30) == []
+    assert await registry.alive_ids() == {living.id}
+    assert not await registry.beat(silent, running=0)
+    assert await registry.beat(living, running=0)
+    await registry.leave(silent)
+    assert {row["_id"]: row["state"] for row in await registry.list()} == {silent.id: "dead", living.id: "up"}
+
+
+async def test_the_newest_publication_stands(database: Database) -> None:
+    """Publishing the same again changes nothing, something new changes the entry."""
+    catalogue = Catalogue(database)
+    entry = {"_id": "a.Job", "doc": "one", "tag": None}
+    await asyncio.gather(*(catalogue.publish([entry, {"_id": "b.Dummy", "doc": ""}]) for _ in range(4)))
+    first = await catalogue.get("a.Job")
+    await catalogue.publish([entry])
+    assert await catalogue.get("a.Job") == first
+    await catalogue.publish([{**entry, "doc": "two"}])
+    second = await catalogue.get("a.Job")
+    assert first is not None
+    assert second is not None
+    assert (second["doc"], second["created_at"]) == ("two", first["created_at"])
+    page = await catalogue.page(allowed=lambda name: True, sort=[("_id", -1)], per_page=1)
+    assert (page.total, [row["_id"] for row in page.rows]) == (2, ["b.Dummy"])
+    assert (await catalogue.page(allowed=lambda name: name == "a.Job")).total == 1
+    assert [row["_id"] for row in (await catalogue.page(allowed=lambda name: True, search="dum")).rows] == [
+        "b.Dummy"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("search", "found"),
+    [
+        ("dummy", True),
+        ("DUMMY", True),
+        ("e.D", True),
+        ("eXD", False),
+        ("e?D", True),
+        ("c*y", True),
+        ("[e]", False),
+    ],
+)
+async def test_search(search: str, found: bool) -> None:
+    """A substring without case; only `?` and `*` are special."""
+    assert matches(search, "core4.example.DummyJob") is found
+
+
+async def test_changes_reach_every_listener(database: Database) -> None:
+    """Inserts, updates and deletes of the watched collections, to all in this process."""
+    feed = ChangeFeed(database, ["a", "b"])
+    seen: list[Change] = []
+    ready, done = asyncio.Event(), asyncio.Event()
+
+    def note(change: Change) -> None:
+        seen.append(change)
+        ready.set()
+        if change.kind == "delete":
+            done.set()
+
+    def fail(_change: Change) -> None:
+        raise ZeroDivisionError
+
+    feed.listen(fail)  # one that fails disturbs nobody
+    stop = feed.listen(note)
+    async with asyncio.timeout(20):
+        task = asyncio.create_task(feed.run())
+        await ready.wait()
+        await database.collection("a").insert_one({"_id": 1, "x": 1})
+        await database.collection("other").insert_one({"_id": 1})
+        await database.collection("b").insert_one({"_id": 2})
+        await database.collection("a").update_one({"_id": 1}, {"$set": {"x": 2}})
+        await database.collection("a").delete_one({"_id": 1})
+        await done.wait()
+    stop()
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    assert [(c.kind, c.collection, c.id) for c in seen if c.kind != "resync"] == [
+        ("insert", "a", 1),
+        ("insert", "b", 2),
+        ("update", "a", 1),
+        ("delete", "a", 1),
+    ]
+    assert next(c.fields for c in seen if c.kind == "update") == {"x": 2}

@@ -1,0 +1,186 @@
+"""What the command line makes of its words, and what it says about a job that waits."""
+
+from __future__ import annotations
+
+import sys
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+
+from core4 import cli
+from core4.commands_jobs import why_waiting
+from core4.console import arguments, printable
+
+NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
+
+
+@pytest.mark.parametrize(
+    ("words", "given"),
+    [
+        ([], {}),
+        (["sleep=10"], {"sleep": 10}),
+        (["month=2026-01", "name=Ada Lovelace"], {"month": "2026-01", "name": "Ada Lovelace"}),
+        (["a=1.5", "b=true", "c=null", 'd="7"'], {"a": 1.5, "b": True, "c": None, "d": "7"}),
+        (["list=[1, 2]", 'map={"k": "v"}'], {"list": [1, 2], "map": {"k": "v"}}),
+        (["query=a=b", "empty="], {"query": "a=b", "empty": ""}),
+        (["n=NaN", "m=Infinity"], {"n": "NaN", "m": "Infinity"}),
+        (['{"month": "2026-01", "top": 3}'], {"month": "2026-01", "top": 3}),
+    ],
+)
+def test_arguments_of_a_job(words: list[str], given: dict[str, Any]) -> None:
+    """Values are JSON if they can be, else text; or all is one JSON object."""
+    assert arguments(words) == given
+
+
+@pytest.mark.parametrize("words", [["sleep"], ["=1"], ["a=1", "a=2"], ["{broken"], ["{}", "a=1"]])
+def test_words_that_are_no_arguments(words: list[str]) -> None:
+    """A word that is no key=value is bad usage and names itself."""
+    with pytest.raises(click.UsageError):
+        arguments(words)
+
+
+def test_output_of_jobs_does_not_steer_the_terminal() -> None:
+    """Escape sequences in what a job wrote are shown, not obeyed."""
+    assert printable("a\x1b[2Jb\rc\x07\n\tä€") == "a\\x1b[2Jb\\x0dc\\x07\n\tä€"
+
+
+def commands(group: click.Group, path: str = "core4") -> list[tuple[str, click.Command]]:
+    """All commands below a group with their full names."""
+    found: list[tuple[str, click.Command]] = []
+    for name, command in group.commands.items():
+        found.append((f"{path} {name}", command))
+        if isinstance(command, click.Group):
+            found += commands(command, f"{path} {name}")
+    return found
+
+
+COMMANDS = commands(cli.core4)
+
+
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [pytest.param(*each, id=each[0]) for each in COMMANDS if not isinstance(each[1], click.Group)],
+)
+def test_each_command_explains_itself(name: str, command: click.Command) -> None:
+    """The help of every command says what it does and shows how to call it."""
+    with click.Context(command, info_name=name) as context:
+        text = command.get_help(context)
+
+    assert "Example" in text
+    assert f"core4 {name.split()[-1]}" in text or name.removeprefix("core4 ") in text
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["nosuch"],
+        ["job", "enqueue"],
+        ["job", "queue", "--state", "sleeping"],
+        ["job", "queue", "--filter", "[1]"],
+        ["job", "enqueue", "a.B", "novalue"],
+        ["up", "--port", "high"],
+        ["up", "--port", "70000"],
+        ["up", "no_such_file.py"],
+        ["run", "no.such.Job"],
+        ["init", "not-a-module.txt"],
+        ["--config", "no_such.toml", "config"],
+    ],
+    ids=" ".join,
+)
+def test_bad_usage_is_exit_code_2(
+    words: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What is called wrongly ends with code 2, one message and no traceback."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CORE4_HOME", str(tmp_path / "home"))
+
+    assert cli.main(words) == 2
+    error = capsys.readouterr().err
+    assert "Error: " in error
+    assert "Traceback" not in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_init_writes_a_job_that_runs(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The first job file runs as it is, and is not overwritten."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+
+    assert cli.main(["init", "first_steps.py"]) == 0
+    assert cli.main(["run", "first_steps.Hello", "name=Ada", "pause=0"]) == 0
+    assert '"greeting": "Hello, Ada!"' in capsys.readouterr().out
+    assert cli.main(["init", "first_steps.py"]) == 2
+    assert "exists" in capsys.readouterr().err
+
+
+def worker(**fields: Any) -> dict[str, Any]:
+    """A worker that is up and could run `a.Job`."""
+    return {
+        "name": "w@h",
+        "state": "up",
+        "jobs": ["a.Job"],
+        "namespaces": ["DEFAULT"],
+        "running": 0,
+        "slots": 2,
+        **fields,
+    }
+
+
+def job(**fields: Any) -> dict[str, Any]:
+    """A pending job `a.Job`."""
+    return {
+        "qual_name": "a.Job",
+        "namespace": "DEFAULT",
+        "state": "pending",
+        "query_at": None,
+        "worker": None,
+        "held": None,
+        "max_parallel": None,
+        **fields,
+    }
+
+
+LATER = (NOW + timedelta(seconds=90)).replace(tzinfo=None).isoformat()
+
+
+@pytest.mark.parametrize(
+    ("found", "workers", "words"),
+    [
+        pytest.param(
+            job(state="failed", query_at=LATER),
+            [worker()],
+            "90 s from now: its last attempt failed",
+            id="retry",
+        ),
+        pytest.param(
+            job(state="deferred", query_at=LATER), [worker()], "asked to be run later", id="deferred"
+        ),
+        pytest.param(job(), [], "no worker is up", id="no-worker"),
+        pytest.param(
+            job(), [worker(state="dead"), worker(state="drain")], "no worker is up", id="workers-gone"
+        ),
+        pytest.param(job(worker="x@y", held="worker"), [worker()], "worker x@y only", id="pinned-to-absent"),
+        pytest.param(job(held="paused"), [worker()], "held: paused", id="held"),
+        pytest.param(
+            job(), [worker(jobs=["b.Job"])], "no worker that is up runs a.Job", id="name-not-served"
+        ),
+        pytest.param(job(namespace="X"), [worker()], "serves the namespace X", id="namespace-not-served"),
+        pytest.param(job(), [worker(running=2), worker(running=3)], "slots", id="all-busy"),
+        pytest.param(job(), [worker(gate="memory: 1 MiB")], "only jobs with force now (memory", id="gate"),
+        pytest.param(job(force=True), [worker(gate="cpu: 100 %")], "its turn", id="forced-through-the-gate"),
+        pytest.param(job(), [worker(gate="cpu: 100 %"), worker()], "its turn", id="one-gate-is-open"),
+        pytest.param(job(), [worker(running=2), worker()], "its turn", id="next"),
+        pytest.param(job(max_parallel=15), [worker()], "max_parallel", id="limited"),
+        pytest.param(job(query_at="2026-01-01T00:00:00"), [worker()], "its turn", id="due"),
+    ],
+)
+def test_why_a_job_waits(found: dict[str, Any], workers: list[dict[str, Any]], words: str) -> None:
+    """`core4 job show` names the one thing that keeps a job from running."""
+    (reason,) = why_waiting(found, workers, NOW)
+
+    assert words in reason
