@@ -1,0 +1,78 @@
+# core4-jobs: everything a person or a machine does with a checkout. `make` alone lists it.
+# Needs python3 (3.11 or newer) with its venv module, and nothing else.
+
+VENV ?= .venv
+PYTHON ?=
+BIN = $(VENV)/bin
+RUN = $(BIN)/python
+REPORT = reports/rows.json
+# More words for pytest: make test ARGS="tests/unit -k cron"
+ARGS ?=
+# Most tests wait for processes and servers: two at a time keep two cores busy.
+WORKERS ?= 2
+
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+export PIP_NO_INPUT = 1
+
+.PHONY: help demo up test check format docs rows bench build clean
+.DELETE_ON_ERROR:
+
+help:  ## show this list
+	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*##/\t/' | awk -F'\t' '{printf "  make %-8s %s\n", $$1, $$2}'
+
+demo: $(VENV)/.embedded  ## install, start everything, follow a real job in this terminal, stop again
+	@$(RUN) -m core4 demo
+
+up: $(VENV)/.embedded  ## run database, API and worker on http://localhost:5001 until Ctrl-C
+	@exec $(RUN) -m core4 up
+
+test: $(VENV)/.test  ## install what the tests need and run all of them
+	$(RUN) -m pytest --numprocesses $(WORKERS) --rows-report $(REPORT) $(ARGS)
+
+check: $(VENV)/.dev  ## format, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev  ## lay out the code and mend what can be mended mechanically
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: $(VENV)/.docs  ## build docs/_build/html; a warning is an error
+	$(BIN)/sphinx-build -q -n -W --keep-going -b html docs docs/_build/html
+	@echo "docs/_build/html/index.html"
+
+rows: $(VENV)/.test  ## which rows of the acceptance list the last `make test` has covered
+	@$(RUN) -m tests.rows $(REPORT)
+
+bench: $(VENV)/.test  ## measure against bare loops in the same run; table, and reports/bench.json
+	$(RUN) -m tests.bench --json reports/bench.json
+
+build: $(VENV)/.dev  ## sdist and wheel, the wheel made from the sdist
+	$(RUN) -m build --outdir dist .
+
+clean:  ## remove the environment and everything built
+	rm -rf $(VENV) build dist reports docs/_build docs/generated *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+# One stamp per extra: the second time nothing is installed, until pyproject.toml changes.
+$(VENV)/.%: pyproject.toml | $(VENV)/bin/python
+	@echo "installing core4-jobs[$*] into $(VENV) (a minute, the first time)"
+	@$(RUN) -m pip install --quiet --editable '.[$*]'
+	@touch $@
+
+$(VENV)/bin/python:
+	@set -e; for each in "$(PYTHON)" python3 python3.14 python3.13 python3.12 python3.11; do \
+	  command -v "$$each" >/dev/null 2>&1 || continue; \
+	  "$$each" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || continue; \
+	  if ! "$$each" -c 'import ensurepip, venv' 2>/dev/null; then unusable="$$each"; continue; fi; \
+	  echo "creating $(VENV) with $$("$$each" --version)"; \
+	  "$$each" -m venv $(VENV) || { rm -rf $(VENV); exit 1; }; \
+	  exit 0; \
+	done; \
+	if [ -n "$$unusable" ]; then \
+	  echo "$$unusable has no venv module: install it (Debian, Ubuntu: apt-get install python3-venv) and try again" >&2; \
+	else \
+	  found=$$(python3 --version 2>/dev/null || echo "none"); \
+	  echo "core4-jobs needs Python 3.11 or newer; found: $$found. Install one, or name it: make demo PYTHON=/path/to/python3" >&2; \
+	fi; \
+	exit 1
