@@ -319,6 +319,8 @@ class JobQueue:
     async def flag(self, job: Job, what: Flag, *, reason: str) -> Job:
         """Note once per job that it runs too long or is silent too long; it goes on.
 
+        Nothing is written, and the lease not checked, if `job` has the note already.
+
         Raises: LeaseLost.
         """
         lease = transitions.lease_of(job)

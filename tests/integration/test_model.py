@@ -338,6 +338,9 @@ class QueueMachine(RuleBasedStateMachine):
     @rule(pick=picks, what=st.sampled_from(FLAGS))
     def flag(self, pick: int, what: Flag) -> None:
         job, row, _, error = self.handle(pick, "flag")
+        if job.document[f"{what}_at"] is not None:  # the holder knows: nothing is written, nothing refused
+            self.do(self.queue.flag(job, what, reason="late"))
+            return
         self.expect("flag", row.state.value, error, lambda: self.queue.flag(job, what, reason="late"))
         if error is None:
             row.flags.add(what)
