@@ -17,6 +17,7 @@ from pymongo.errors import DocumentTooLarge, OperationFailure, PyMongoError
 from core4.api.encoding import dumps
 from core4.api.envelope import envelope
 from core4.api.keys import REQUEST_ID
+from core4.database import GOING_DOWN
 from core4.errors import BadRequest, Core4Error, TooLarge, Unauthenticated, Unavailable
 
 log = logging.getLogger(__name__)
@@ -24,7 +25,6 @@ log = logging.getLogger(__name__)
 PROBLEM = "application/problem+json"
 HEAD_TIME = 10.0  # seconds within which the head of a connection's first request has to arrive
 RETRY = 2  # seconds after which a client should ask a database again that does not answer
-_GOING_DOWN = {91, 189, 10107, 11600, 11602, 13435, 13436}  # codes of a server that is being replaced
 _KEPT = ("Allow", "Retry-After")
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -118,7 +118,7 @@ def _known(error: Exception) -> Core4Error | None:
         return TooLarge("too large to be stored")
     if isinstance(error, BSONError):
         return BadRequest("a value cannot be stored")
-    if isinstance(error, OperationFailure) and error.code not in _GOING_DOWN:
+    if isinstance(error, OperationFailure) and error.code not in GOING_DOWN:
         return None
     return Unavailable()
 

@@ -19,7 +19,7 @@ os.environ.setdefault("MOTOR_MAX_WORKERS", "64")
 
 from motor.motor_asyncio import AsyncIOMotorClient, AsyncIOMotorCollection
 from pymongo import IndexModel, ReadPreference, WriteConcern
-from pymongo.errors import OperationFailure, PyMongoError
+from pymongo.errors import DuplicateKeyError, OperationFailure, PyMongoError, WriteError
 
 from core4 import faults
 
@@ -29,6 +29,13 @@ Collection = AsyncIOMotorCollection[Document]
 # State must survive a kill -9 of the server: only journaled writes do (see docs, embedded database).
 DURABLE = WriteConcern(w="majority", j=True, wtimeout=10_000)
 FAST = WriteConcern(w=1)
+
+GOING_DOWN = frozenset(
+    {91, 189, 10107, 11600, 11602, 13435, 13436}
+)  # codes of a server that is being replaced
+_BUSY = frozenset(
+    {24, 50, 112, 262, 11601, 14031}
+)  # locks, time limits, conflicts, interruption, a full disk
 
 
 class Database:
@@ -152,3 +159,8 @@ class _Stream:
 def history_lost(error: OperationFailure) -> bool:
     """True if a change stream cannot go on from its token, but a new one can be opened."""
     return error.code in {260, 280, 286}
+
+
+def refuses_content(error: WriteError) -> bool:
+    """True if the server answered that it does not take what is to be written, however often it is sent."""
+    return not isinstance(error, DuplicateKeyError) and error.code not in GOING_DOWN | _BUSY

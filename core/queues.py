@@ -19,12 +19,12 @@ from typing import Any
 from bson import ObjectId
 from bson.errors import BSONError
 from pymongo import IndexModel
-from pymongo.errors import ConnectionFailure, DocumentTooLarge, DuplicateKeyError, PyMongoError
+from pymongo.errors import ConnectionFailure, DocumentTooLarge, DuplicateKeyError, PyMongoError, WriteError
 
 from core4 import jobs, states, transitions
 from core4.config import Settings
 from core4.controls import Controls
-from core4.database import Database, Document
+from core4.database import Database, Document, refuses_content
 from core4.errors import JobExists, JobNotFound, LeaseLost, Unavailable
 from core4.jobs import FORCED_BELOW, HISTORY_LIMIT, Job, JobOrder, Lease, Owner, utcnow
 from core4.options import DEFAULTS
@@ -340,7 +340,10 @@ class JobQueue:
             after = await self._held(
                 job, lease, lambda seen: transitions.finish(seen, lease, outcome, log_seq)
             )
-        except (BSONError, DocumentTooLarge, OverflowError, UnicodeError) as error:
+        except (BSONError, DocumentTooLarge, OverflowError, UnicodeError, WriteError) as error:
+            # A full disk refuses the small one, too: then all of this is repeated.
+            if isinstance(error, WriteError) and not refuses_content(error):
+                raise
             small = _unstorable(str(error))
             after = await self._held(job, lease, lambda seen: transitions.finish(seen, lease, small, log_seq))
         await self._try_settle(after)

@@ -634,6 +634,14 @@ async def test_a_result_that_cannot_be_stored_is_an_error(queue: JobQueue, resul
     assert "cannot be stored" in job.document["last_error"]["exception"]
 
 
+async def test_a_result_that_the_server_refuses_is_an_error(queue: JobQueue) -> None:
+    """Small enough to be sent, too large beside the arguments: repeating that would never end."""
+    await queue.enqueue(order(args={"a": "x" * 9_000_000}))
+    job = await queue.finish(await run(queue), Outcome.complete("x" * 9_000_000), log_seq=0)
+    assert job.state is State.ERROR
+    assert "cannot be stored" in job.document["last_error"]["exception"]
+
+
 async def test_a_result_of_many_levels_reaches_the_journal(queue: JobQueue, database: Database) -> None:
     await queue.enqueue(order())
     job = await queue.finish(await run(queue), Outcome.complete(nested(64)), log_seq=0)
