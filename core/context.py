@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Literal
@@ -42,6 +44,29 @@ class JobContext:
     options: Mapping[str, Any] = field(default_factory=dict)
     report: Callable[[float, str], None] = _unheard
     enqueue: Callable[[str, Mapping[str, Any]], str] = _unserved
+
+
+# A context variable: on one event loop many jobs run, and the tasks of each inherit it.
+_CURRENT: ContextVar[JobContext] = ContextVar("core4.context")
+
+
+def current() -> JobContext | None:
+    """The job whose code this is, None outside of jobs.
+
+    Tasks made with ``asyncio.create_task`` and functions in ``asyncio.to_thread`` belong to the job that
+    made them; a bare ``threading.Thread`` to none.
+    """
+    return _CURRENT.get(None)
+
+
+@contextmanager
+def running(context: JobContext) -> Iterator[None]:
+    """In this block `current` is `context`."""
+    token = _CURRENT.set(context)
+    try:
+        yield
+    finally:
+        _CURRENT.reset(token)
 
 
 class Deferred(BaseException):

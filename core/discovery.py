@@ -20,6 +20,7 @@ from types import ModuleType, TracebackType
 from typing import Any
 
 from core4 import signatures
+from core4.attempts import Runnable
 from core4.context import formatted, safe_repr
 from core4.errors import JobInvalid, NotAClass, NotAJob, UnknownModule, UnknownName
 from core4.options import OPTIONS, stored
@@ -120,6 +121,7 @@ def describe(job_class: type[CoreJob]) -> dict[str, Any]:
         "_id": job_class.qual_name,
         "namespace": job_class.namespace,
         "kind": "class",
+        "runs": "inline" if job_class.inline else "process",
         "author": job_class.author,
         "doc": (inspect.getdoc(job_class) or "")[:_DOC_LIMIT] if job_class.__doc__ else "",
         "tag": list(job_class.tag) if job_class.tag is not None else None,
@@ -180,8 +182,8 @@ def resolve(name: str, targets: Iterable[str] = ()) -> type[CoreJob]:
     return found
 
 
-def locate(entry: Mapping[str, Any]) -> type[CoreJob]:
-    """The class a catalogue entry (with its ``target``) describes, imported only if it is not yet.
+def locate(entry: Mapping[str, Any]) -> Runnable:
+    """The class or function a catalogue entry (with its ``target``) describes, imported if it is not yet.
 
     Raises: JobInvalid if it is not there any more; whatever the import raises.
     """
@@ -192,9 +194,10 @@ def locate(entry: Mapping[str, Any]) -> type[CoreJob]:
     found: Any = module
     for part in entry["qualname"].split("."):
         found = getattr(found, part, None)
-    if not isinstance(found, type) or not issubclass(found, CoreJob):
+    is_job = issubclass(found, CoreJob) if isinstance(found, type) else callable(found)
+    if not is_job:
         raise JobInvalid(f"{entry['module']} does not define {entry['qualname']} any more")
-    return found
+    return found  # type: ignore[no-any-return]
 
 
 def without_clashes(

@@ -33,11 +33,15 @@ def make_order(
     """
     given, job_args = _split(entry, args)
     check_args(entry, job_args, args_cap)
+    wanted = {**(entry.get("options") or {}), **given, **(options or {})}
+    if entry.get("runs") == "inline" and wanted.get("memory_limit") is not None:
+        message = f"memory_limit needs a process of its own; {entry['_id']} runs inline"
+        raise BadArguments([{"pointer": "/memory_limit", "message": message}])
     return JobOrder(
         name=entry["_id"],
         args=job_args,
         namespace=namespace or entry.get("namespace") or "DEFAULT",
-        options={**(entry.get("options") or {}), **given, **(options or {})},
+        options=wanted,
         unique=entry.get("unique", True),
         keep_stopped=entry.get("kind", "class") == "class",
         **who,

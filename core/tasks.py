@@ -23,7 +23,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar, NoReturn
 
 from core4 import options
-from core4.context import Deferred, Ended, JobContext, result_problem
+from core4.context import Deferred, JobContext
 from core4.errors import AbstractJob, BadOption, JobInvalid, MissingAuthor, UnknownOption, UsageError
 from core4.options import OPTIONS, Option
 
@@ -63,6 +63,7 @@ DECLARATIONS: Mapping[str, Option] = MappingProxyType(
         ),
         "unique": Option(True, "true or false", lambda v: isinstance(v, bool)),
         "hidden": Option(False, "true or false", lambda v: isinstance(v, bool)),
+        "inline": Option(False, "true or false", lambda v: isinstance(v, bool)),
     }
 )
 ATTRIBUTES = MappingProxyType({**OPTIONS, **DECLARATIONS})
@@ -108,6 +109,7 @@ class CoreJob:
     ``qual_name``             published name, not inherited (module and class name)
     ``unique``                refuse a second open job with the same arguments (True)
     ``hidden``                keep the class out of listings (False)
+    ``inline``                run on a loop shared with other jobs; for ``async def execute`` (False)
     ========================  =======================================================================
 
     Raises at declaration: UnknownOption for a public data attribute that is none of these (names in upper
@@ -121,6 +123,7 @@ class CoreJob:
     qual_name: ClassVar[str] = "core4.tasks.CoreJob"
     unique: ClassVar[bool] = True
     hidden: ClassVar[bool] = False
+    inline: ClassVar[bool] = False
 
     attempts: int = OPTIONS["attempts"].default
     error_time: float = OPTIONS["error_time"].default
@@ -166,7 +169,7 @@ class CoreJob:
                 object.__setattr__(self, name, value)
 
     def execute(self, *args: Any, **kwargs: Any) -> Any:
-        """The work; to be written by the job's author. Gets the job's arguments by name.
+        """The work; to be written by the job's author, ``def`` or ``async def``. Gets the arguments by name.
 
         What it returns (JSON) is the job's result; any exception makes the attempt a failure.
         """
@@ -227,6 +230,15 @@ class CoreJob:
         """
         return self._context.enqueue(job if isinstance(job, str) else job.qual_name, args)
 
+    async def enqueue_async(self, job: type[CoreJob] | str, /, **args: Any) -> str:
+        """`enqueue` for ``async def execute``: the loop goes on meanwhile.
+
+        Raises: EnqueueRefused, as `enqueue`.
+        """
+        import asyncio  # whoever calls this has it
+
+        return await asyncio.to_thread(self.enqueue, job, **args)
+
     def defer(self, message: str = "", *args: Any) -> NoReturn:
         """End this attempt; the job runs again after ``defer_time``. Does not count as a failure."""
         raise Deferred(message % args if args else message)
@@ -240,24 +252,6 @@ class CoreJob:
         if name in READ_ONLY:
             raise UsageError(f"{type(self).qual_name}: {name} is read-only while the job runs")
         object.__delattr__(self, name)
-
-
-def perform(
-    job_class: type[CoreJob], context: JobContext, *, result_limit: int | None = None, debug: bool = False
-) -> Ended:
-    """Run one attempt in this thread; whatever the job raises is in what is returned, unless `debug`."""
-    try:
-        result = job_class(context).execute(**context.args)
-    except Deferred as deferred:
-        return Ended("deferred", message=str(deferred)[:16_384])
-    except BaseException as error:
-        if debug:
-            raise
-        # The first frame is this function's and tells the author nothing.
-        frames = error.__traceback__.tb_next if error.__traceback__ else None
-        return Ended.failed(error, frames)
-    problem = result_problem(result, result_limit)
-    return Ended("failed", message=problem) if problem else Ended("complete", result=result)
 
 
 def is_abstract(job_class: type[CoreJob]) -> bool:
@@ -277,10 +271,6 @@ def require_runnable(job_class: type[CoreJob]) -> None:
         raise MissingAuthor(f'{name} names no author: set `author = "..."` on the class, it is not inherited')
     if job_class.execute is CoreJob.execute:
         raise JobInvalid(f"{name} defines no execute")
-    if iscoroutinefunction(job_class.execute):
-        raise JobInvalid(
-            f"{name}: execute is `async def`; a job class runs in a process and needs a plain `def`"
-        )
 
 
 def _check_declaration(cls: type[CoreJob]) -> None:
@@ -294,6 +284,8 @@ def _check_declaration(cls: type[CoreJob]) -> None:
         value = getattr(cls, name)
         if not ATTRIBUTES[name].check(value):
             raise BadOption(_complaint(cls, name, value))
+    if cls.inline:
+        _check_inline(cls)
     if cls.schedule is not None:
         from core4 import timetable  # croniter is for the few that need it
 
@@ -301,6 +293,13 @@ def _check_declaration(cls: type[CoreJob]) -> None:
             timetable.declaration(cls.schedule)
         except JobInvalid as error:
             raise type(error)(f"{_where(cls)}: schedule is {cls.schedule!r:.200}, {error.detail}") from None
+
+
+def _check_inline(cls: type[CoreJob]) -> None:
+    if cls.execute is not CoreJob.execute and not iscoroutinefunction(cls.execute):
+        raise BadOption(f"{_where(cls)}: inline is for `async def execute`; a plain one runs in a process")
+    if cls.memory_limit is not None:
+        raise BadOption(f"{_where(cls)}: memory_limit needs a process of its own; leave it or inline out")
 
 
 def _complaint(cls: type[CoreJob], name: str, value: Any) -> str:

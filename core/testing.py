@@ -10,15 +10,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 from core4 import signatures
+from core4.attempts import is_async, perform
 from core4.context import Ended, JobContext
 from core4.errors import BadArguments
 from core4.options import OPTIONS
 from core4.states import State
-from core4.tasks import CoreJob, perform, require_runnable
+from core4.tasks import CoreJob, require_runnable
 
 RESULT_LIMIT = 1024 * 1024  # bytes; the default of the setting `result_cap`
 
@@ -96,7 +98,7 @@ def run_job(
         enqueue=enqueue,
     )
     with _Recorder(job, on_log) as recorder:
-        ended = perform(job, context, result_limit=RESULT_LIMIT, debug=debug)
+        ended = _perform(job, context, debug=debug)
     failed = ended.kind != "complete"
     return Result(
         state=_state(ended, job.attempts - attempt),
@@ -107,6 +109,24 @@ def run_job(
         progress=tuple(progress),
         enqueued=tuple(enqueued),
     )
+
+
+def _perform(job: type[CoreJob], context: JobContext, *, debug: bool) -> Ended:
+    if not is_async(job) or not _on_a_loop():
+        return perform(job, context, result_limit=RESULT_LIMIT, debug=debug)
+    # The caller is a coroutine, an asynchronous test for one: there is one loop a thread.
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(perform, job, context, result_limit=RESULT_LIMIT, debug=debug).result()
+
+
+def _on_a_loop() -> bool:
+    import asyncio  # only asynchronous jobs need it
+
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
 
 
 def _state(ended: Ended, attempts_left: int) -> State:

@@ -24,9 +24,9 @@ from collections.abc import Mapping
 from typing import Any, TextIO
 
 from core4 import discovery
+from core4.attempts import Runnable, perform
 from core4.context import Ended, JobContext, safe_repr
 from core4.errors import EnqueueRefused
-from core4.tasks import CoreJob, perform
 from core4.worker import protocol
 from core4.worker.keeper import CHANNEL
 from core4.worker.protocol import TEXT_LIMIT, Message
@@ -110,10 +110,10 @@ def _attempt(channel: Channel, order: Message) -> Ended:
     job = order["job"]
     _log_to(channel, job["name"])
     try:
-        job_class = discovery.locate(order["entry"])
+        found = discovery.locate(order["entry"])
     except BaseException as error:
         return Ended.failed(error, discovery.users_frames(error.__traceback__))
-    _log_to(channel, job["name"], job_class)  # the import may have set up a logging of its own
+    _log_to(channel, job["name"], found)  # the import may have set up a logging of its own
 
     def report(value: float, message: str) -> None:
         channel.send({"progress": {"value": value, "message": message[:TEXT_LIMIT]}})
@@ -127,7 +127,7 @@ def _attempt(channel: Channel, order: Message) -> Ended:
         raise EnqueueRefused(answer["refused"]["detail"], reason=answer["refused"]["reason"])
 
     context = JobContext(job["id"], job["name"], job["args"], job["attempt"], job["options"], report, enqueue)
-    return perform(job_class, context, result_limit=order["result_limit"])
+    return perform(found, context, result_limit=order["result_limit"])
 
 
 def _report(ended: Ended) -> Message:
@@ -136,16 +136,14 @@ def _report(ended: Ended) -> Message:
     return {"message": ended.message, "traceback": list(ended.traceback)}
 
 
-def _log_to(channel: Channel, name: str, job_class: type[CoreJob] | None = None) -> None:
+def _log_to(channel: Channel, name: str, found: Runnable | None = None) -> None:
     root = logging.getLogger()
     root.handlers[:] = [ChannelHandler(channel)]
     root.setLevel(logging.INFO)
     logging.disable(logging.NOTSET)
     # All that the job says itself, and from the libraries it uses what matters.
-    logging.getLogger(name).setLevel(logging.DEBUG)
-    if job_class is not None:
-        logging.getLogger(job_class.qual_name).setLevel(logging.DEBUG)
-        logging.getLogger(job_class.__module__).setLevel(logging.DEBUG)
+    for own in (name, getattr(found, "qual_name", name), getattr(found, "__module__", name)):
+        logging.getLogger(own).setLevel(logging.DEBUG)
 
 
 def _packed(record: logging.LogRecord) -> Message:

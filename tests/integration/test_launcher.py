@@ -22,7 +22,8 @@ from core4.worker.handle import Exit, JobProcess, Launcher, LauncherDied, Loaded
 from core4.worker.protocol import Message
 from tests.helpers import eventually_async
 
-UNRULY = str(Path(__file__).parent.parent / "jobs" / "unruly.py")
+JOBS = Path(__file__).parent.parent / "jobs"
+UNRULY, AWAITING = str(JOBS / "unruly.py"), str(JOBS / "awaiting.py")
 NAME = "tests.jobs.Unruly"
 
 THREADED = """
@@ -108,7 +109,7 @@ class Bench:
 @pytest.fixture
 async def bench() -> AsyncIterator[Bench]:
     settings = Settings.load(environ={})
-    launcher, loaded = await load_all(Launcher.spawn(settings), settings, [UNRULY])
+    launcher, loaded = await load_all(Launcher.spawn(settings), settings, [UNRULY, AWAITING])
     assert not loaded.problems
     bench = Bench(launcher, loaded)
     yield bench
@@ -216,6 +217,20 @@ async def test_sys_exit_is_a_failure(bench: Bench) -> None:
     ran = await bench.run("exit_softly")
 
     assert ran.end["failed"]["message"] == "SystemExit('that is it')"
+
+
+async def test_an_asynchronous_job_has_a_loop_of_its_own(bench: Bench) -> None:
+    name = "tests.jobs.Awaiting"
+    ran = await bench.run("answer", name=name, value=7)
+    failed = (await bench.run("raises", name=name)).end["failed"]
+    left = await bench.run("leaves_a_task", name=name)
+
+    assert [row["message"] for row in ran.logs] == ["before"]
+    assert ran.end == {"complete": {"result": 7}}
+    assert 'raise RuntimeError("as told")' in "".join(failed["traceback"])
+    assert "core4" not in "".join(failed["traceback"])
+    assert left.end == {"complete": {"result": "left"}}
+    assert left.stderr == b""
 
 
 async def test_a_failure_has_the_traceback_of_the_users_code(bench: Bench) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import time
 from typing import Any
@@ -30,6 +31,21 @@ class LedgerJob(CoreJob):
         note(ledger, "start", self.job_id, self.attempt)
         self.logger.info("job %d", n)
         time.sleep(seconds)
+        note(ledger, "end", self.job_id, self.attempt)
+        return {"n": n}
+
+
+class InlineLedgerJob(CoreJob):
+    """Notes its start and its end, on a loop that it shares with others."""
+
+    author = "tests"
+    qual_name = "tests.jobs.InlineLedgerJob"
+    inline = True
+
+    async def execute(self, ledger: str, n: int, seconds: float = 0.05) -> dict[str, Any]:
+        note(ledger, "start", self.job_id, self.attempt)
+        self.logger.info("job %d", n)
+        await asyncio.sleep(seconds)
         note(ledger, "end", self.job_id, self.attempt)
         return {"n": n}
 

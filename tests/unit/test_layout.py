@@ -26,7 +26,7 @@ LAYERS = (
     ),
     ("ground", "config faults database changes service embedded"),
     ("stores", "controls queues catalogue registry logs users schedules"),
-    ("authors", "tasks context discovery testing examples"),
+    ("authors", "tasks context attempts discovery testing examples"),
     ("sides", "api worker"),
     (
         "doors",

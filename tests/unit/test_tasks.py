@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 from core4 import errors
+from core4.attempts import perform
 from core4.context import JobContext
 from core4.options import DEFAULTS
 from core4.states import State
-from core4.tasks import CoreAbstractMixin, CoreJob, perform, require_runnable
+from core4.tasks import CoreAbstractMixin, CoreJob, require_runnable
 from core4.testing import run_job
 
 CONTEXT = JobContext(job_id="1" * 24, name="x.Y", args={"a": [1]}, attempt=2)
@@ -174,11 +175,11 @@ def test_abstract_is_only_who_has_the_mixin_as_a_direct_base() -> None:
     require_runnable(child)
 
 
-def test_a_job_needs_a_plain_execute() -> None:
+def test_a_job_needs_an_execute() -> None:
     async def execute(self: CoreJob) -> None: ...
 
-    with pytest.raises(errors.JobInvalid, match="async def"):
-        require_runnable(declare(execute=execute))
+    require_runnable(declare(execute=execute))
+    require_runnable(declare(execute=execute, inline=True))
     with pytest.raises(errors.JobInvalid, match="defines no execute"):
         require_runnable(type("Empty", (CoreJob,), {"author": "me"}))
 
