@@ -6,6 +6,7 @@ import asyncio
 import errno
 import logging
 import resource
+import socket
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
@@ -13,6 +14,7 @@ from contextlib import asynccontextmanager, suppress
 from aiohttp import web
 from pymongo.errors import PyMongoError
 
+from core4 import identifiers
 from core4.api.browsers import add_headers, origins
 from core4.api.errors import ProblemProtocol, problems
 from core4.api.hub import Hub
@@ -161,6 +163,7 @@ def _allow_files() -> None:
 
 
 async def _serve(settings: Settings, url: str) -> None:
+    identifiers.bind({"daemon": f"api@{socket.gethostname()}"})
     database = await Database.connect(url, settings.mongo_database, app_name="core4-api")
     try:
         stop = stop_on_signals()

@@ -6,8 +6,8 @@ from urllib.parse import urlsplit
 
 from aiohttp import web
 
-from core4.api.errors import Handler
-from core4.api.keys import SETTINGS
+from core4.api.errors import REQUEST_HEADER, Handler
+from core4.api.keys import REQUEST_ID, SETTINGS
 from core4.errors import Forbidden
 
 _UNSAFE = ("POST", "PUT", "PATCH", "DELETE")
@@ -50,14 +50,16 @@ async def add_headers(request: web.Request, response: web.StreamResponse) -> Non
     headers["Referrer-Policy"] = "no-referrer"
     headers["Content-Security-Policy"] = _PAGE_POLICY if page else _DATA_POLICY
     headers["Server"] = "core4"
+    if REQUEST_ID in request:
+        headers[REQUEST_HEADER] = request[REQUEST_ID]
     if request.app[SETTINGS].allow_origin:
         headers.add("Vary", "Origin")
     if _allowed(request):
         # No credentials: other origins send a bearer token in a header, never what the browser holds.
         headers["Access-Control-Allow-Origin"] = request.headers["Origin"]
         headers["Access-Control-Allow-Methods"] = "GET, POST, PUT, DELETE, OPTIONS"
-        headers["Access-Control-Allow-Headers"] = "Authorization, Content-Type, Last-Event-ID"
-        headers["Access-Control-Expose-Headers"] = "X-Job-Id, Location, Retry-After, token"
+        headers["Access-Control-Allow-Headers"] = "Authorization, Content-Type, Last-Event-ID, X-Request-ID"
+        headers["Access-Control-Expose-Headers"] = "X-Job-Id, X-Request-ID, Location, Retry-After, token"
         headers["Access-Control-Max-Age"] = "600"
 
 

@@ -9,7 +9,6 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from aiohttp import web
-from bson import ObjectId
 
 from core4.api.encoding import dumps
 from core4.api.keys import REQUEST_ID
@@ -29,7 +28,7 @@ VERSION = _version()
 PRODUCT = f"core4-jobs/{VERSION}"
 
 
-def envelope(request_id: ObjectId, status: int) -> dict[str, Any]:
+def envelope(request_id: str, status: int) -> dict[str, Any]:
     """The members that every answer has."""
     return {
         "_id": request_id,

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Awaitable, Callable, Mapping
 from http import HTTPStatus
 from math import ceil
+from time import monotonic
 from typing import Any
 
 from aiohttp import web
@@ -14,9 +15,10 @@ from bson import ObjectId
 from bson.errors import BSONError
 from pymongo.errors import DocumentTooLarge, OperationFailure, PyMongoError
 
+from core4 import identifiers
 from core4.api.encoding import dumps
 from core4.api.envelope import envelope
-from core4.api.keys import REQUEST_ID
+from core4.api.keys import REQUEST_ID, USER
 from core4.database import GOING_DOWN
 from core4.errors import BadRequest, Core4Error, TooLarge, Unauthenticated, Unavailable
 
@@ -26,6 +28,8 @@ PROBLEM = "application/problem+json"
 HEAD_TIME = 10.0  # seconds within which the head of a connection's first request has to arrive
 RETRY = 2  # seconds after which a client should ask a database again that does not answer
 _KEPT = ("Allow", "Retry-After")
+REQUEST_HEADER = "X-Request-ID"
+_QUIET = ("GET", "HEAD", "OPTIONS")  # what only reads is told to who debugs
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -33,9 +37,37 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 @web.middleware
 async def problems(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Give the request its id and turn whatever is raised into a problem; nothing else does."""
-    request[REQUEST_ID] = ObjectId()
+    request[REQUEST_ID] = _request_id(request)
     if isinstance(request.protocol, ProblemProtocol):
         request.protocol.heard()
+    began = monotonic()
+    with identifiers.about(request_id=request[REQUEST_ID]):
+        response = await _answered(request, handler)
+        level = logging.DEBUG if request.method in _QUIET else logging.INFO
+        if log.isEnabledFor(level):
+            log.log(level, "request.done", extra=_told(request, response.status, monotonic() - began))
+        return response
+
+
+def _request_id(request: web.BaseRequest) -> str:
+    """As the client, or a proxy before us, calls it; else one of ours."""
+    return identifiers.accepted(request.headers.get(REQUEST_HEADER)) or str(ObjectId())
+
+
+def _told(request: web.Request, status: int, seconds: float) -> dict[str, Any]:
+    # The path only: a query may hold a ticket.
+    path = request.rel_url.raw_path[:200]
+    user = request[USER].name if USER in request else None
+    return {
+        "method": request.method,
+        "path": path,
+        "status": status,
+        "seconds": round(seconds, 4),
+        "user": user,
+    }
+
+
+async def _answered(request: web.Request, handler: Handler) -> web.StreamResponse:
     try:
         return await handler(request)
     except web.HTTPException as error:
@@ -70,7 +102,7 @@ def problem(
     phrase = HTTPStatus(status).phrase
     word = code or phrase.lower().replace(" ", "_").replace("-", "_")
     body = {
-        **envelope(request.get(REQUEST_ID) or ObjectId(), status),
+        **envelope(request.get(REQUEST_ID) or _request_id(request), status),
         "error": f"{kind}: {detail}" if kind else detail,
         "type": f"urn:core4:problem:{word}",
         "title": phrase,
@@ -104,9 +136,9 @@ def _challenge(request: web.Request) -> str:
 
 
 def _unexpected(request: web.Request, error: Exception) -> web.Response:
-    request_id = str(request[REQUEST_ID])
+    request_id = request[REQUEST_ID]
     path = request.rel_url.raw_path[:200]
-    log.error("request.failed", exc_info=error, extra={"request_id": request_id, "path": path})
+    log.error("request.failed", exc_info=error, extra={"path": path})
     return problem(request, 500, f"internal error, see the log of the API for request {request_id}")
 
 

@@ -28,7 +28,7 @@ from core4.filters import (
     compile_sort,
     matches,
 )
-from core4.jobs import ROW_FIELDS, JobOrder, canonical, derived_id, view
+from core4.jobs import ROW_FIELDS, JobOrder, canonical, derived_id, utcnow, view
 from core4.options import OPTIONS
 from core4.orders import make_order
 from core4.permissions import Rights
@@ -62,7 +62,7 @@ async def enqueue(request: web.Request, args: Args) -> web.StreamResponse:
     entry = await request.app[CATALOGUE].get(name)
     if entry is None:
         raise UnknownJob(name)
-    order = _order(request, entry, args)
+    order, began = _order(request, entry, args), utcnow()
     key = idempotency_key(request)
     # The id is ours: should the reply of the database get lost, it can be asked for.
     job_id = derived_id("api", user.name.lower(), key) if key else ObjectId()
@@ -72,7 +72,8 @@ async def enqueue(request: web.Request, args: Args) -> web.StreamResponse:
     if args["follow"]:
         return await follow_job(request, job.id, job.document)
     flash = await unserved(request, order.name, order.namespace)
-    replayed = job.document["request_id"] != order.request_id
+    # A client may repeat the request's id, too: then it is an older job by its time.
+    replayed = job.document["request_id"] != order.request_id or job.document["enqueued"]["at"] < began
     headers = job_headers(job.id) | ({"Idempotent-Replayed": "true"} if replayed else {})
     return reply(request, str(job.id), flash=flash, headers=headers)
 
@@ -97,7 +98,7 @@ def _order(request: web.Request, entry: Document, args: Args) -> JobOrder:
         namespace=args.get("namespace"),
         username=request[USER].name,
         hostname=socket.gethostname(),
-        request_id=str(request[REQUEST_ID]),
+        request_id=request[REQUEST_ID],
         request_hash=_request_hash(args) if IDEMPOTENCY_KEY in request.headers else None,
     )
 

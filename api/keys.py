@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from aiohttp import web
-from bson import ObjectId
 
 from core4.api.hub import Hub
 from core4.api.throttle import Throttle
@@ -31,7 +30,7 @@ USERS = web.AppKey("users", UserStore)
 THROTTLE = web.AppKey("throttle", Throttle)
 HUB = web.AppKey("hub", Hub)
 
-REQUEST_ID = web.RequestKey("request_id", ObjectId)
+REQUEST_ID = web.RequestKey("request_id", str)
 USER = web.RequestKey("user", User)
 TOKEN = web.RequestKey("token", Token)
 TOKEN_TEXT = web.RequestKey("token_text", str)

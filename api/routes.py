@@ -9,6 +9,7 @@ from typing import Any, Literal
 from aiohttp import web
 from marshmallow import Schema
 
+from core4 import identifiers
 from core4.api import arguments, control, jobs, schedules, sessions, system
 from core4.api.auth import authenticate
 from core4.api.keys import BASE, USER
@@ -112,6 +113,7 @@ def _endpoint(route: Route) -> Callable[[web.Request], Awaitable[web.StreamRespo
     async def endpoint(request: web.Request) -> web.StreamResponse:
         if route.access != "open":
             request[USER] = await authenticate(request, ticket=route.access == "stream")
+            identifiers.bind({"user": request[USER].name})
         args = await arguments.parse(route.takes, request)
         response = await route.handler(request, args)
         if route.handler is not sessions.logout and not response.prepared:

@@ -11,6 +11,7 @@ from itertools import islice
 from typing import Any
 
 from aiohttp import web
+from bson import ObjectId
 
 from core4 import cron, schedules
 from core4.api.envelope import page_reply, reply
@@ -127,9 +128,11 @@ async def trigger(request: web.Request, args: Args) -> web.Response:
     """PUT schedule/trigger/<name>: one job now, whatever the schedule's state."""
     schedule = await _find(request, "x")
     user, key = request[USER].name, idempotency_key(request)
-    token = f"{user.lower()}:{key}" if key else str(request[REQUEST_ID])
+    # Not the request's id, which a client may send twice without meaning the same job.
+    token = f"{user.lower()}:{key}" if key else str(ObjectId())
+    queue, catalogue = request.app[QUEUE], request.app[CATALOGUE]
     job = await whole(
-        schedules.trigger(schedule, request.app[QUEUE], request.app[CATALOGUE], token=token, by=user)
+        schedules.trigger(schedule, queue, catalogue, token=token, by=user, request_id=request[REQUEST_ID])
     )
     flash = await unserved(request, job.name, job.document["namespace"])
     return reply(request, str(job.id), flash=flash, headers=job_headers(job.id))

@@ -294,7 +294,11 @@ class Settings:
     log_level: str = _choice(
         "INFO", ("DEBUG", "INFO", "WARNING", "ERROR"), "Least level of the daemons' own log."
     )
-    log_format: str = _choice("text", ("text", "json"), "Form of the daemons' own log lines.")
+    log_format: str = _choice(
+        "auto",
+        ("auto", "text", "json"),
+        "Form of the daemons' own log lines; auto is text on a terminal, else JSON.",
+    )
 
     origins: Mapping[str, str] = dataclasses.field(default_factory=dict, compare=False)
 

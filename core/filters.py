@@ -243,9 +243,8 @@ def _fields(parse: Parser, paths: str, *, private: bool = False) -> dict[str, Fi
 JOB_FIELDS: Mapping[str, Field] = {
     **_fields(object_id, "_id enqueued.parent_id enqueued.child_id"),
     **_fields(state, "state"),
-    **_fields(
-        text, "namespace worker locked.worker enqueued.username enqueued.hostname category error_cat held"
-    ),
+    **_fields(text, "namespace worker locked.worker enqueued.username enqueued.hostname"),
+    **_fields(text, "category error_cat held request_id"),
     **_fields(number, "priority attempts attempts_left trial crashes runtime rev prog.value max_parallel"),
     **_fields(flag, "force"),
     **_fields(

@@ -29,7 +29,7 @@ SEQ_BITS = 32
 ROW_FIELDS = (
     "_id name started_at finished_at runtime force worker attempts_left attempts enqueued priority state "
     "trial prog args inactive_at zombie_at killed_at removed_at wall_at namespace query_at held due "
-    "error_cat rev"
+    "error_cat rev request_id"
 ).split()
 
 

@@ -725,6 +725,7 @@ class JobQueue:
             keep_stopped=parent.keep_stopped,
             username=note["by"],
             hostname=note["hostname"],
+            request_id=note.get("request_id"),
             parent_id=parent.id,
             category=document.get("category"),
         )

@@ -207,7 +207,15 @@ async def fire(queue: JobQueue, entry: Mapping[str, Any], schedule: Schedule, in
     return await queue.enqueue(wanted, job_id=fire_id(schedule.name, instant), once=True)
 
 
-async def trigger(schedule: Schedule, queue: JobQueue, catalogue: Catalogue, *, token: str, by: str) -> Job:
+async def trigger(
+    schedule: Schedule,
+    queue: JobQueue,
+    catalogue: Catalogue,
+    *,
+    token: str,
+    by: str,
+    request_id: str | None = None,
+) -> Job:
     """One job now, whatever the schedule's state; the same `token` again gives the same job.
 
     If the token is an ObjectId in text, the job's id has its time and stands in listings where it belongs.
@@ -220,7 +228,7 @@ async def trigger(schedule: Schedule, queue: JobQueue, catalogue: Catalogue, *, 
         raise UnknownJob(schedule.qual_name)
     if errors := misfit(schedule, entry):
         raise BadArguments(errors)
-    wanted = order(schedule, entry, username=by, request_id=token)
+    wanted = order(schedule, entry, username=by, request_id=request_id or token)
     scope = ObjectId(token) if ObjectId.is_valid(token) else token
     return await queue.enqueue(wanted, job_id=jobs.derived_id(scope, "trigger", schedule.name), once=True)
 

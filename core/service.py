@@ -18,6 +18,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from core4 import identifiers
+
 if TYPE_CHECKING:
     import asyncio
 
@@ -27,12 +29,17 @@ _PLAIN = set(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName
 _CREDENTIALS = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]*://)[^\s/@]*(?::[^\s@]*)?@", re.IGNORECASE)
 
 
-def setup_logging(level: str = "INFO", form: str = "text", stream: IO[str] | None = None) -> None:
-    """Log to `stream` (stderr): one line per event, as text or as JSON (`form`)."""
+def setup_logging(level: str = "INFO", form: str = "auto", stream: IO[str] | None = None) -> None:
+    """Log to `stream` (stderr): one line per event, as text or as JSON (`form`).
+
+    With ``auto`` it is text for people at a terminal and JSON for whatever collects it.
+    """
     handler = logging.StreamHandler(stream)
-    handler.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
+    text = form == "text" or (form == "auto" and handler.stream.isatty())
+    handler.setFormatter(TextFormatter() if text else JsonFormatter())
     logging.basicConfig(level=level, handlers=[handler], force=True)
-    # Each request is already counted and timed by our own events.
+    logging.captureWarnings(True)
+    # What requests have done is told by our own events.
     for noisy in ("aiohttp.access", "pymongo", "asyncio"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
@@ -78,7 +85,9 @@ def _timestamp(record: logging.LogRecord) -> str:
 
 
 def _fields(record: logging.LogRecord) -> Mapping[str, Any]:
-    return {name: value for name, value in vars(record).items() if name not in _PLAIN}
+    """Whom it is about, then what it says; a handler is called by whoever logs, so that is still known."""
+    said = {name: value for name, value in vars(record).items() if name not in _PLAIN}
+    return {**identifiers.bound(), **said}
 
 
 def _word(value: Any) -> str:

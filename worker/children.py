@@ -49,6 +49,7 @@ class Children:
             args_cap=self._args_cap,
             username=self._job.username,
             hostname=self._hostname,
+            request_id=self._job.document.get("request_id"),
             parent_id=self._job.id,
         )
         kind = _kind(name, args)

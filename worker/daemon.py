@@ -19,7 +19,7 @@ from typing import Any
 from bson import ObjectId
 from pymongo.errors import PyMongoError
 
-from core4 import __version__, signatures
+from core4 import __version__, identifiers, signatures
 from core4.catalogue import Catalogue
 from core4.changes import Change, ChangeFeed
 from core4.config import Settings
@@ -74,6 +74,7 @@ class Worker:
         self._slots = settings.slots or len(os.sched_getaffinity(0)) * 2
         self._loaded = Loaded()
         self._gate = Gate(settings.max_cpu, settings.min_free_ram)
+        self._identity: dict[str, Any] = {}  # of every line that is logged from here on
         self.owner = self._new_owner()
         # Held by whoever changes or judges what this worker holds: a claim, a reconcile, a new owner.
         self._holding = asyncio.Lock()
@@ -94,6 +95,7 @@ class Worker:
 
         Raises: whatever a part of the worker failed with; its jobs are given back before that.
         """
+        identifiers.bind(self._identity)
         self._failure = asyncio.get_running_loop().create_future()
         unlisten = self._feed.listen(self._on_change)
         parts: list[asyncio.Task[None]] = []
@@ -103,7 +105,7 @@ class Worker:
             self._look_at_machine()
             claiming = self._part(self._claim_jobs())
             parts = [self._part(part) for part in self._side_parts()]
-            ready(log, worker=self.owner.worker, slots=self._slots, jobs=len(self._loaded.entries))
+            ready(log, slots=self._slots, jobs=len(self._loaded.entries))
             await _first(stop.wait(), self._halted.wait(), self._failure)
             await self._drain(claiming, halt or asyncio.Event())
         finally:
@@ -230,13 +232,15 @@ class Worker:
         except _TROUBLE as error:
             # The others see that it is gone, only later.
             log.warning("worker.left_unsaid", extra={"error": str(error)[:200]})
-        log.info("worker.ended", extra={"worker": self.owner.worker})
+        log.info("worker.ended")
 
     # ------------------------------------------------------------------ being alive
 
     def _new_owner(self) -> Owner:
         name = f"{self._settings.worker_name}@{self._hostname}"
-        return Owner(uuid.uuid4().hex, name, self._hostname, os.getpid())
+        owner = Owner(uuid.uuid4().hex, name, self._hostname, os.getpid())
+        self._identity.update(worker=name, owner=owner.id)
+        return owner
 
     async def _beat(self) -> None:
         """Renew what says that this worker lives, and with it all its leases."""
@@ -536,7 +540,7 @@ class Worker:
         if since is None or time.monotonic() - since < self._settings.dead_after:
             return
         for owner in await self._registry.bury(self._settings.dead_after):
-            log.warning("worker.declared_dead", extra={"owner": owner})
+            log.warning("worker.declared_dead", extra={"dead": owner})
         rescued = await self._queue.rescue(self._registry.alive_ids)
         if rescued:
             log.warning("worker.rescued", extra={"jobs": rescued})

@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar
 
 from pymongo.errors import PyMongoError
 
+from core4 import identifiers
 from core4.catalogue import Catalogue
 from core4.config import Settings
 from core4.errors import LeaseLost, Unavailable
@@ -105,10 +106,21 @@ class Execution:
 
     async def run(self) -> None:
         """Run the job to its outcome and record that."""
+        identifiers.bind(self._identity())
         try:
             await self._run()
         except LeaseLost as lost:
-            log.warning("job.lease_lost", extra={"job_id": str(self.job.id), "detail": lost.detail})
+            log.warning("job.lease_lost", extra={"detail": lost.detail})
+
+    def _identity(self) -> dict[str, Any]:
+        """What every line about this execution carries."""
+        return {
+            "job_id": str(self.job.id),
+            "job": self.job.name,
+            "attempt": self.job.trial + 1,
+            "lease": self.lease_id,
+            "request_id": self.job.document.get("request_id"),
+        }
 
     async def _run(self) -> None:
         try:
@@ -134,7 +146,7 @@ class Execution:
         joblog = JobLog(self._logs, self.job, self._hostname, self._settings)
         writer = asyncio.create_task(joblog.run())
         joblog.write("INFO", "start execution")
-        log.info("job.started", extra={"job_id": str(self.job.id), "job": self.job.name, "pid": process.pid})
+        log.info("job.started", extra={"pid": process.pid})
         try:
             how = await self._watch(process, joblog)
             if self._why == "lost":
@@ -170,7 +182,7 @@ class Execution:
                 task.cancel()
             for result in await asyncio.gather(*readers, *helpers, return_exceptions=True):
                 if isinstance(result, Exception):
-                    log.error("job.helper_failed", extra={"job_id": str(self.job.id)}, exc_info=result)
+                    log.error("job.helper_failed", exc_info=result)
 
     def _order(self) -> Message:
         job = self.job
@@ -271,9 +283,7 @@ class Execution:
                 self.abandon()
                 return
             except PyMongoError as error:
-                log.warning(
-                    "job.progress_delayed", extra={"job_id": str(self.job.id), "error": str(error)[:200]}
-                )
+                log.warning("job.progress_delayed", extra={"error": str(error)[:200]})
                 pause = min(pause * 2, _LAST_PAUSE)
                 self._progressed.set()
             await asyncio.sleep(pause)
@@ -288,7 +298,7 @@ class Execution:
             self.abandon()
             return
         joblog.write("WARNING", _FLAGGED[what])
-        log.warning("job.flagged", extra={"job_id": str(self.job.id), "reason": reason})
+        log.warning("job.flagged", extra={"reason": reason})
 
     # ------------------------------------------------------------------ the end
 
@@ -321,9 +331,7 @@ class Execution:
             joblog.write("CRITICAL", message, exception=exception)
         else:
             joblog.write("INFO", message)
-        log.info(
-            "job.ended", extra={"job_id": str(self.job.id), "state": state, "seconds": round(seconds, 3)}
-        )
+        log.info("job.ended", extra={"state": state, "seconds": round(seconds, 3)})
 
     async def _record(self, outcome: Outcome | None, log_seq: int) -> None:
         if outcome is None:
@@ -344,9 +352,7 @@ class Execution:
             try:
                 return await write()
             except (PyMongoError, Unavailable) as error:
-                log.warning(
-                    "job.write_delayed", extra={"job_id": str(self.job.id), "error": str(error)[:200]}
-                )
+                log.warning("job.write_delayed", extra={"error": str(error)[:200]})
             await _either(self._lost, pause)
             pause = min(pause * 2, _LAST_PAUSE)
         raise LeaseLost(self.job.id, self.lease_id)

@@ -20,7 +20,8 @@ import socket
 import sys
 import threading
 import traceback
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Collection, Mapping
 from typing import Any, TextIO
 
 from core4 import discovery
@@ -31,6 +32,7 @@ from core4.worker import protocol
 from core4.worker.keeper import CHANNEL
 from core4.worker.protocol import TEXT_LIMIT, Message
 
+SUPPRESSED = 1000  # records of libraries below INFO that are held back for the case of a failure
 _LEVELS = ((50, "CRITICAL"), (40, "ERROR"), (30, "WARNING"), (20, "INFO"))
 
 
@@ -72,20 +74,39 @@ class Channel:
 
 
 class ChannelHandler(logging.Handler):
-    """Sends the records of the job to its worker; those of the job's forked children go to standard error."""
+    """Sends the records of the job to its worker; those of the job's forked children go to standard error.
 
-    def __init__(self, channel: Channel) -> None:
+    What libraries say below INFO is held back, and told once if it comes to the worst: the last of it goes
+    ahead of a CRITICAL record, or of the job's failure.
+    """
+
+    def __init__(self, channel: Channel, own: Collection[str]) -> None:
         super().__init__()
         self._channel = channel
+        self._own = tuple(own)
+        self._held: deque[Message] = deque(maxlen=SUPPRESSED)
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            if self._channel.attached:
-                self._channel.send({"log": _packed(record)})
+            if not self._channel.attached:
+                if record.levelno >= logging.INFO or self._says_itself(record):
+                    print(f"{record.levelname} {record.getMessage()}", file=sys.stderr)
+            elif record.levelno < logging.INFO and not self._says_itself(record):
+                self._held.append({"log": _packed(record)})
             else:
-                print(f"{record.levelname} {record.getMessage()}", file=sys.stderr)
+                if record.levelno >= logging.CRITICAL:
+                    self.tell_held()
+                self._channel.send({"log": _packed(record)})
         except Exception:
             self.handleError(record)
+
+    def tell_held(self) -> None:
+        """Send what was held back, once."""
+        while self._held:
+            self._channel.send(self._held.popleft())
+
+    def _says_itself(self, record: logging.LogRecord) -> bool:
+        return any(record.name == name or record.name.startswith(name + ".") for name in self._own)
 
 
 def run(fd: int = CHANNEL) -> None:
@@ -99,6 +120,8 @@ def run(fd: int = CHANNEL) -> None:
     threading.excepthook = threading.__excepthook__
     _reseed()
     ended = _attempt(channel, order)
+    if ended.kind == "failed":
+        _tell_held()
     _flush()
     if channel.attached:
         channel.send({ended.kind: _report(ended)})
@@ -138,12 +161,21 @@ def _report(ended: Ended) -> Message:
 
 def _log_to(channel: Channel, name: str, found: Runnable | None = None) -> None:
     root = logging.getLogger()
-    root.handlers[:] = [ChannelHandler(channel)]
-    root.setLevel(logging.INFO)
-    logging.disable(logging.NOTSET)
     # All that the job says itself, and from the libraries it uses what matters.
-    for own in (name, getattr(found, "qual_name", name), getattr(found, "__module__", name)):
-        logging.getLogger(own).setLevel(logging.DEBUG)
+    own = {
+        str(each) for each in (name, getattr(found, "qual_name", name), getattr(found, "__module__", name))
+    }
+    root.handlers[:] = [ChannelHandler(channel, own)]
+    root.setLevel(logging.DEBUG)
+    logging.disable(logging.NOTSET)
+    for each in own:
+        logging.getLogger(each).setLevel(logging.DEBUG)
+
+
+def _tell_held() -> None:
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, ChannelHandler):
+            handler.tell_held()
 
 
 def _packed(record: logging.LogRecord) -> Message:

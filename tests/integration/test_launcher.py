@@ -296,6 +296,17 @@ async def test_log_records_come_as_frames(bench: Bench) -> None:
     assert all(row["epoch"] > 1.7e9 for row in ran.logs)
 
 
+@pytest.mark.row("S51")
+async def test_the_worst_case_tells_what_was_held_back_once(bench: Bench) -> None:
+    """The last thousand suppressed records come ahead of the first CRITICAL one, and of the failure."""
+    ran = await bench.run("worst_case", value=1100)
+
+    told = [row["message"] for row in ran.logs]
+    chatter = [f"chatter {number}" for number in range(100, 1100)]
+    assert told == ["from inside", *chatter, "first", "between", "second", "last words"]
+    assert ran.end["failed"]["message"] == "RuntimeError('as told')"
+
+
 async def test_forked_children_have_no_voice_in_the_channel(bench: Bench) -> None:
     ran = await bench.run("forks")
 

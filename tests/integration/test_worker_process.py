@@ -110,6 +110,7 @@ async def test_a_signal_for_all_its_processes_is_the_workers_to_handle(
 async def test_a_broken_file_is_shown_with_its_traceback(command: Command, tmp_path: Path) -> None:
     (tmp_path / "broken_file.py").write_text("def f():\n    return undefined_name\n\nf()\n")
     command.args = [*command.args, str(tmp_path / "broken_file.py")]
+    command.environ = {**command.environ, "CORE4_LOG_FORMAT": "text"}
     with command:
         command.wait_for("ready")
 

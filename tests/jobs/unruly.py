@@ -35,6 +35,13 @@ def linger(pidfile: str) -> None:
         time.sleep(60)
 
 
+class Inside:
+    """An object that a job makes; it knows nothing of the job."""
+
+    def speak(self) -> None:
+        logging.getLogger("inside").info("from inside")
+
+
 class Unruly(CoreJob):
     """Does `what`."""
 
@@ -221,6 +228,18 @@ class Unruly(CoreJob):
             self.logger.exception("caught %s", "it")
         self.logger.log(35, "own level")
         self.logger.info("bad %d", "format")
+
+    def worst_case(self, pidfile: str, value: Any) -> None:
+        """A library chatters, and something goes badly wrong twice; what is told of the chatter?"""
+        library = logging.getLogger("library")
+        for number in range(value):
+            library.debug("chatter %d", number)
+        Inside().speak()
+        self.logger.critical("first")
+        library.debug("between")
+        self.logger.critical("second")
+        library.debug("last words")
+        raise RuntimeError("as told")
 
     def forks(self, pidfile: str, value: Any) -> str:
         """Children that log, raise and come back out of execute."""

@@ -36,7 +36,7 @@ def test_json(value: Any, text: str) -> None:
 
 def test_members() -> None:
     """Every answer has these, and the time has no zone."""
-    body = json.loads(dumps(envelope(ID, 404)))
+    body = json.loads(dumps(envelope(str(ID), 404)))
 
     assert {"_id", "version", "timestamp", "message", "code"} == body.keys()
     assert (body["message"], body["code"], body["_id"]) == ("Not Found", 404, str(ID))

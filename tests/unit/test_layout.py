@@ -24,7 +24,7 @@ LAYERS = (
         "errors states options jobs retries transitions schemas permissions filters signatures cron "
         "timetable orders",
     ),
-    ("ground", "config faults database changes service embedded"),
+    ("ground", "config faults database changes service embedded identifiers"),
     ("stores", "controls queues catalogue registry logs users schedules"),
     ("authors", "tasks context attempts discovery testing examples"),
     ("sides", "api worker"),
