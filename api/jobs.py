@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import socket
-from collections.abc import Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from datetime import UTC, datetime
 from time import monotonic
 from typing import Any, TypeVar
@@ -133,13 +133,11 @@ async def list_journal(request: web.Request, args: Args) -> web.Response:
 
 async def _list(request: web.Request, args: Args, *, journal: bool) -> web.Response:
     rights = request[USER].may
-    query = compile_filter(args["filter"], JOB_FIELDS)
+    where, private = selection(args)
     order, order_private = compile_sort(args["sort"], JOB_FIELDS)
-    where = {path: dict(term) for path, term in query.where.items()}
-    if args["search"]:
-        where.setdefault("name", {}).update({"$regex": compile_search(args["search"]), "$options": "i"})
-    if not rights.cop and (query.private or order_private or args["search"]):
-        await _limit_to_readable(request, where)
+    if not rights.cop and (private or order_private):
+        # Who asks for names or arguments gets only jobs he may read: else he could count the others.
+        await limit_to(request, where, rights.may_read)
     page = await request.app[QUEUE].page(
         where,
         sort=order or [("_id", 1)],
@@ -153,10 +151,23 @@ async def _list(request: web.Request, args: Args, *, journal: bool) -> web.Respo
     return page_reply(request, page, rows)
 
 
-async def _limit_to_readable(request: web.Request, where: dict[str, dict[str, Any]]) -> None:
-    """Who asks for names or arguments gets only jobs he may read: else he could count the others."""
-    may = request[USER].may
-    names = [entry["_id"] for entry in await request.app[CATALOGUE].all() if may.may_read(entry["_id"])]
+def selection(args: Args) -> tuple[dict[str, dict[str, Any]], bool]:
+    """What `filter` and `search` mean to the database, and whether they look at what is private.
+
+    Raises: BadRequest.
+    """
+    query = compile_filter(args["filter"], JOB_FIELDS)
+    where = {path: dict(term) for path, term in query.where.items()}
+    if args["search"]:
+        where.setdefault("name", {}).update({"$regex": compile_search(args["search"]), "$options": "i"})
+    return where, query.private or bool(args["search"])
+
+
+async def limit_to(
+    request: web.Request, where: dict[str, dict[str, Any]], allowed: Callable[[str], bool]
+) -> None:
+    """Narrow `where` to the names that are `allowed`."""
+    names = [entry["_id"] for entry in await request.app[CATALOGUE].all() if allowed(entry["_id"])]
     term = where.setdefault("name", {})
     asked = term.get("$in")
     term["$in"] = names if asked is None else [name for name in names if name in asked]

@@ -10,10 +10,11 @@ from aiohttp import web
 from marshmallow import Schema
 
 from core4 import identifiers
-from core4.api import arguments, control, jobs, schedules, sessions, system
+from core4.api import arguments, bulk, control, jobs, schedules, sessions, system
 from core4.api.auth import authenticate
 from core4.api.keys import BASE, USER
 from core4.schemas import (
+    BulkArguments,
     EnqueueArguments,
     FollowedArguments,
     HaltArguments,
@@ -61,6 +62,7 @@ ROUTES: tuple[Route, ...] = (
     Route("GET", f"{_JOB}/list", jobs.list_catalogue, takes=SearchArguments),
     Route("POST", f"{_JOB}/list", jobs.list_catalogue, takes=SearchArguments),
     Route("GET", f"{_JOB}/count", jobs.count),
+    Route("POST", f"{_JOB}/bulk", bulk.bulk, takes=BulkArguments),
     Route("GET", f"{_JOB}/detail", jobs.missing_id),
     Route("GET", f"{_JOB}/detail/{{_id}}", jobs.detail),
     Route("GET", f"{_JOB}/follow/{{_id}}", jobs.follow, "stream", StreamArguments),

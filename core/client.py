@@ -288,6 +288,51 @@ class Client:
         path = f"job/restart/{quote(job_id, safe='')}"
         return str(self._call("PUT", path, {"follow": False})["data"])
 
+    def bulk(
+        self,
+        action: str,
+        filter: Mapping[str, Any] | None = None,
+        *,
+        search: str | None = None,
+        all: bool = False,
+        journal: bool = False,
+        dry_run: bool = False,
+        limit: int = 100,
+        at_most: int | None = None,
+        on_answer: Callable[[Document], None] | None = None,
+    ) -> Document:
+        """Kill, restart or remove all jobs behind a filter, in as many requests as that takes.
+
+        Returns how many were `matched`, `changed`, `unchanged`, `refused` and `gone`, and the `jobs` with the
+        outcome of each. `stopped` is null, or why the rest was not tried: the database stopped answering.
+
+        Args:
+            action: kill, restart or remove.
+            filter: which jobs, as for `queue`.
+            search: part of the jobs' names.
+            all: every job; instead of filter and search.
+            journal: restart jobs of the journal instead of those in the queue.
+            dry_run: change nothing, tell what would be done.
+            limit: jobs per request, 500 at most.
+            at_most: jobs to handle; if there are others, `more` is not null.
+            on_answer: called with what has been done so far, after each request.
+        """
+        body: Document = {"action": action, "filter": dict(filter or {}), "search": search or "", "all": all}
+        body |= {"journal": journal, "dry_run": dry_run}
+        left = limit if at_most is None else at_most
+        total: Document = self._call("POST", "job/bulk", {**body, "limit": min(limit, left)})["data"]
+        while True:
+            if on_answer:
+                on_answer(total)
+            left = limit if at_most is None else at_most - len(total["jobs"])
+            if total["stopped"] or not total["more"] or left <= 0:
+                return total
+            body |= {"limit": min(limit, left), "after": total["more"]}
+            answer: Document = self._call("POST", "job/bulk", body)["data"]
+            for name in ("changed", "unchanged", "refused", "gone", "jobs"):
+                total[name] += answer[name]
+            total |= {name: answer[name] for name in ("more", "stopped")}
+
     def count(self) -> dict[str, int]:
         """Number of jobs in the queue per state."""
         counts: dict[str, int] = self._call("GET", "job/count")["data"]

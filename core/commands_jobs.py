@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from core4.commands_bulk import STATES, act, conditions, meant, selecting
 from core4.console import (
     JSON_OPTION,
     USAGE,
@@ -16,7 +17,6 @@ from core4.console import (
     connect,
     echo_error,
     echo_json,
-    json_value,
     moment,
     parse_time,
     printable,
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 LEVELS = {"DEBUG": 10, "INFO": 20, "WARNING": 30, "ERROR": 40, "CRITICAL": 50}
 MOST_ROWS = 500  # of one page of the API
-STATES = ["pending", "running", "failed", "deferred", "error", "killed", "inactive", "complete"]
 
 QUEUE_COLUMNS = [
     "_id",
@@ -217,42 +216,61 @@ def follow(job_id: str, after: str | None, output: str) -> int:
 
 
 @job.command()
-@click.argument("job_ids", nargs=-1, required=True, metavar="JOB_ID...")
+@click.argument("job_ids", nargs=-1, metavar="[JOB_ID]...")
+@selecting
 @JSON_OPTION
-def kill(job_ids: tuple[str, ...], output: str) -> int:
-    """End jobs, whether they wait or run.
+def kill(job_ids: tuple[str, ...], output: str, **picked: Any) -> int:
+    """End jobs, whether they wait or run: those that are named, or all that match.
 
     \b
-    Example:
+    Examples:
       core4 job kill 6720f1c0a1b2c3d4e5f60718
+      core4 job kill --state pending --search report --dry-run
+      core4 job kill --filter '{"args.month": "2026-01"}' --yes
     """
+    if meant(picked, bool(job_ids)):
+        return act("kill", output, **picked)
     return _each(job_ids, output, lambda client, job_id: client.kill(job_id))
 
 
 @job.command()
-@click.argument("job_ids", nargs=-1, required=True, metavar="JOB_ID...")
+@click.argument("job_ids", nargs=-1, metavar="[JOB_ID]...")
+@selecting
 @JSON_OPTION
-def remove(job_ids: tuple[str, ...], output: str) -> int:
-    """Move jobs that do not run from the queue to the journal.
+def remove(job_ids: tuple[str, ...], output: str, **picked: Any) -> int:
+    """Move jobs that do not run from the queue to the journal: those that are named, or all that match.
 
     \b
-    Example:
+    Examples:
       core4 job remove 6720f1c0a1b2c3d4e5f60718
+      core4 job remove --state error --filter '{"finished_at": {"lt": "2026-01-01"}}' --yes
     """
+    if meant(picked, bool(job_ids)):
+        return act("remove", output, **picked)
     return _each(job_ids, output, lambda client, job_id: client.remove(job_id))
 
 
 @job.command()
-@click.argument("job_id")
+@click.argument("job_id", required=False)
 @click.option("-f", "--follow", "attach", is_flag=True, help="Follow the new job to its end.")
+@selecting
+@click.option("--journal", is_flag=True, help="Those in the journal that match, not those in the queue.")
 @JSON_OPTION
-def restart(job_id: str, attach: bool, output: str) -> int:
-    """Run a job again and print the id of the new one. A job that waits to be retried runs now.
+def restart(job_id: str | None, attach: bool, journal: bool, output: str, **picked: Any) -> int:
+    """Run a job again and print the id of the new one, or all that match. What waits to be retried runs now.
 
     \b
-    Example:
+    Examples:
       core4 job restart 6720f1c0a1b2c3d4e5f60718 --follow
+      core4 job restart --state error --search report --dry-run
     """
+    if meant(picked, job_id is not None):
+        if attach:
+            raise click.UsageError("--follow goes with one job")
+        return act("restart", output, journal=journal, **picked)
+    if journal:
+        raise click.UsageError("--journal goes with --filter, --state, --search or --all")
+    assert job_id is not None
     with connect() as client:
         return _started(client, client.restart(job_id), attach, output)
 
@@ -284,14 +302,8 @@ job.add_command(workers)
 
 def _query(options: Mapping[str, Any], sort: Any) -> dict[str, Any]:
     query = dict(options)
-    where = query.pop("where")
-    states = query.pop("states")
-    conditions = json_value(where) if where else {}
-    if not isinstance(conditions, dict):
-        raise click.UsageError("--filter is no JSON object")
-    if states:
-        conditions["state"] = {"in": list(states)}
-    return {**query, "filter": conditions or None, "sort": sort}
+    where = conditions(query.pop("where"), query.pop("states"))
+    return {**query, "filter": where, "sort": sort}
 
 
 def _all(fetch: Callable[[int], Page], limit: int | None = None) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from bson import ObjectId
 from bson.errors import BSONError
@@ -70,6 +70,8 @@ INDEXES: Mapping[str, Sequence[IndexModel]] = {
         IndexModel([("settle", 1)], name="settle", sparse=True),
     ),
 }
+
+Action = Literal["kill", "restart", "remove"]
 
 _NO_CONTROLS = Controls()
 PEEK = 64  # candidates read at once where the server cannot limit a scan
@@ -159,6 +161,16 @@ class JobQueue:
         cursor = table.find(dict(where), list(fields) if fields else None)
         rows = await cursor.sort(list(sort)).skip(number * per_page).limit(per_page).to_list(None)
         return Page(rows, total, page, per_page)
+
+    async def ids(self, where: Mapping[str, Any], *, limit: int, journal: bool = False) -> list[ObjectId]:
+        """The first ids behind a trusted filter."""
+        table = self._journal if journal else self._queue
+        rows = await table.find(dict(where), {"_id": 1}).sort("_id", 1).limit(limit).to_list(None)
+        return [row["_id"] for row in rows]
+
+    async def count(self, where: Mapping[str, Any], *, journal: bool = False) -> int:
+        """How many there are behind a trusted filter."""
+        return await (self._journal if journal else self._queue).count_documents(dict(where))
 
     async def counts(self, where: Mapping[str, Any] | None = None) -> dict[str, int]:
         """Number of jobs in the queue by state."""
@@ -392,26 +404,47 @@ class JobQueue:
 
         Raises: JobNotFound; Conflict if the job waits or runs; JobExists if another job has taken its place.
         """
+        return (await self.restarted(job_id, by=by, hostname=hostname))[0]
+
+    async def restarted(self, job_id: ObjectId, *, by: str, hostname: str = "") -> tuple[ObjectId, bool]:
+        """`restart`, and whether that was news."""
         child_id: ObjectId | None = None
 
         async def plan(seen: Job) -> Change | None:
             nonlocal child_id
-            if seen.state in (State.FAILED, State.DEFERRED) and not seen.removed_at:
-                child_id = seen.id
-                return transitions.retry_now(seen, by)
-            transitions.require_ended(seen)
-            wish = seen.state is State.RUNNING
-            child_id = seen.document["enqueued"].get("child_id")
-            if child_id is not None and (wish or await self._is_open(child_id, seen)):
-                return None
-            child_id = jobs.derived_id(seen.id, "restart", seen.document.get("restarts", 0))
-            return transitions.link(seen, child_id, by, hostname, wish=wish)
+            child_id, change = await self._plan_restart(seen, by, hostname)
+            return change
 
-        _, after = await self._transition(job_id, plan)
+        before, after = await self._transition(job_id, plan)
         assert child_id is not None
         if after.state in FINAL and after.document.get("outbox"):
             await self._settle(after)
-        return child_id
+        return child_id, after.rev != before.rev
+
+    async def _plan_restart(self, seen: Job, by: str, hostname: str) -> tuple[ObjectId, Change | None]:
+        if seen.state in (State.FAILED, State.DEFERRED) and not seen.removed_at:
+            return seen.id, transitions.retry_now(seen, by)
+        transitions.require_ended(seen)
+        wish = seen.state is State.RUNNING
+        child_id: ObjectId | None = seen.document["enqueued"].get("child_id")
+        if child_id is not None and (wish or await self._is_open(child_id, seen)):
+            return child_id, None
+        child_id = jobs.derived_id(seen.id, "restart", seen.document.get("restarts", 0))
+        return child_id, transitions.link(seen, child_id, by, hostname, wish=wish)
+
+    async def would(self, action: Action, job_id: ObjectId) -> tuple[Job, bool]:
+        """The job as it is, and whether `action` would change it now. Writes nothing.
+
+        Raises: what the action would, except JobExists of a restart, which only the try can tell.
+        """
+        seen = await self.get(job_id)
+        if action == "kill":
+            change = transitions.kill(seen, "")
+        elif action == "remove":
+            change = transitions.remove(seen, "")
+        else:
+            _, change = await self._plan_restart(seen, "", "")
+        return seen, change is not None
 
     # ------------------------------------------------------------------ pauses
 

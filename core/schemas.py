@@ -22,6 +22,7 @@ from core4.options import OPTIONS, problem
 from core4.permissions import NAME_LIMIT
 
 SCOPES = ("everything", "namespace", "job", "project", "worker")  # what can be paused
+ACTIONS = ("kill", "restart", "remove")  # what can be done to many jobs
 DEPTH = 32  # levels of lists and objects in arguments
 _INT64 = 2**63
 _PAGE_LIMIT = 2**31
@@ -150,6 +151,11 @@ def _namespace(value: str) -> None:
         raise ValidationError("parameter [namespace] expected 1 to 100 of A-Z a-z 0-9 _ -")
 
 
+def _action(value: str) -> None:
+    if value not in ACTIONS:
+        raise ValidationError(f"parameter [action] expected one of {', '.join(ACTIONS)}")
+
+
 def _scope(value: str) -> None:
     if value not in SCOPES:
         raise ValidationError(f"parameter [scope] expected one of {', '.join(SCOPES)}")
@@ -211,6 +217,21 @@ class SearchArguments(PageArguments):
     search = Text(
         load_default="", validate=validate.Length(max=SEARCH, error="parameter [search] is too long")
     )
+
+
+class BulkArguments(Arguments):
+    """What to do with which jobs; `all` stands for no filter, `after` is `more` of the answer before."""
+
+    action = _required(Text, validate=_action)
+    filter = Dict(load_default=dict)
+    search = Text(
+        load_default="", validate=validate.Length(max=SEARCH, error="parameter [search] is too long")
+    )
+    all = Bool(load_default=False)
+    journal = Bool(load_default=False)
+    dry_run = Bool(load_default=False)
+    limit = Int(load_default=100, validate=_within("limit", 1, 500))
+    after = Text(load_default="")
 
 
 class EnqueueArguments(Arguments):

@@ -338,8 +338,10 @@ def _last_seq(seen: Job) -> int:
     return jobs.first_seq(seen.fence + 1) - 2
 
 
-def retry_now(seen: Job, by: str) -> Change:
-    """A job that waits for its next attempt is due now."""
+def retry_now(seen: Job, by: str) -> Change | None:
+    """A job that waits for its next attempt is due now; None if it is in line already."""
+    if seen.document.get("query_at") is None:
+        return None
     fields: dict[str, Any] = {"held": "worker"} if seen.worker else {"due": True}
     note = entry(seen, seen.state, reason="restarted: due now", by=by)
     return Change("retry", fields, unset=("query_at",), entry=note)

@@ -29,6 +29,11 @@ class Fails(CoreJob):
         self.logger.warning("about to fail")
         raise ValueError("not today")
 
+class Held(CoreJob):
+    author = "tests"
+    def execute(self, n: int = 0):
+        pass
+
 class Defers(CoreJob):
     author = "tests"
     defer_time = 0.2
@@ -219,6 +224,41 @@ def test_queue_log_and_history(cli: Cli, stack: Stack) -> None:
     assert "(journal)" in cli("job", "show", job_id)
 
 
+def test_many_at_once(cli: Cli) -> None:
+    """By filter: shown with --dry-run, asked for on a terminal, refused without --yes elsewhere."""
+    ids = [
+        cli("job", "enqueue", "cli_jobs.Held", f"n={n}", "worker=nobody@nowhere").strip() for n in range(3)
+    ]
+    picked = ("--search", "held", "--filter", '{"args.n": {"lt": 2}}')
+
+    told = cli("job", "kill", *picked, "--dry-run")
+    assert "kill: 2 jobs, would be: 2 changed" in told
+    assert (ids[0] in told, ids[2] in told) == (True, False)
+    assert "2 jobs match: kill them with --yes" in cli("job", "kill", *picked, code=2)
+
+    with_no = cli.terminal("job", "kill", *picked)
+    with_no.read_until("kill 2 jobs?")
+    with_no.type("n\n")
+    assert with_no.close() == 2
+    assert {cli.json("job", "show", job_id)["state"] for job_id in ids} == {"pending"}
+
+    with_yes = cli.terminal("job", "kill", *picked)
+    with_yes.read_until("kill 2 jobs?")
+    with_yes.type("y\n")
+    assert with_yes.close() == 0
+    assert "kill: 2 jobs, 2 changed" in with_yes.text
+    assert [cli.json("job", "show", job_id)["state"] for job_id in ids] == ["killed", "killed", "pending"]
+
+    # Not all can be done: the exit code says so, and why.
+    refused = cli("job", "restart", "--search", "held", "--yes", code=2)
+    assert f"{ids[2]}: job [{ids[2]}] is pending: there is nothing to restart" in refused
+    assert "restart: 3 jobs, 2 changed, 1 refused" in refused
+    report = cli.json("job", "kill", "--search", "held", "--state", "pending", "--yes")
+    assert (report["matched"], report["changed"]) == (3, 3)
+    assert "remove: 3 jobs, 3 changed" in cli("job", "remove", "--search", "held", "--yes")
+    assert "remove: 0 jobs" in cli("job", "remove", "--search", "held")
+
+
 def test_restart(cli: Cli, stack: Stack) -> None:
     """Restart of an ended job prints the id of a new one; with --follow its outcome is the exit code."""
     job_id = cli("job", "enqueue", "cli_jobs.Fails", "n=3").strip()
@@ -256,6 +296,8 @@ def test_workers(cli: Cli) -> None:
         (["job", "show", "0" * 24], "not found"),
         (["job", "follow", "0" * 24], "not found"),
         (["job", "kill", "no-id"], "not found"),
+        (["job", "kill"], "either by id or by --filter"),
+        (["job", "kill", "--filter", '{"$where": 1}', "--yes"], "unknown field"),
         (["job", "enqueue", "no.such.Job"], "unknown job"),
         (["job", "enqueue", DUMMY, "slep=1"], "slep"),
         (["job", "queue", "--filter", '{"$where": "1"}'], "unknown field"),

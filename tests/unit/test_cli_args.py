@@ -11,6 +11,7 @@ import click
 import pytest
 
 from core4 import cli
+from core4.commands_bulk import meant, selecting
 from core4.commands_jobs import why_waiting
 from core4.console import arguments, printable
 
@@ -40,6 +41,30 @@ def test_words_that_are_no_arguments(words: list[str]) -> None:
     """A word that is no key=value is bad usage and names itself."""
     with pytest.raises(click.UsageError):
         arguments(words)
+
+
+@pytest.mark.parametrize(
+    ("ids", "options", "selected"),
+    [
+        (["1"], [], False),
+        ([], ["--all"], True),
+        ([], ["--state", "error"], True),
+        ([], ["--search", "x", "--dry-run"], True),
+        ([], [], "either by id or by"),
+        ([], ["--filter", ""], "either by id or by"),
+        (["1"], ["--all"], "either by id or by"),
+        (["1"], ["--dry-run"], "--dry-run goes with"),
+    ],
+)
+def test_jobs_by_id_or_by_filter(ids: list[str], options: list[str], selected: bool | str) -> None:
+    """One of the two, never nothing: a filter that a script left empty must not mean all jobs."""
+    picked = click.Command("kill", params=selecting(lambda: None).__click_params__[::-1])  # type: ignore[attr-defined]
+    given = picked.make_context("kill", options).params
+    if isinstance(selected, bool):
+        assert meant(given, bool(ids)) is selected
+        return
+    with pytest.raises(click.UsageError, match=selected):
+        meant(given, bool(ids))
 
 
 def test_output_of_jobs_does_not_steer_the_terminal() -> None:
