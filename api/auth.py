@@ -17,8 +17,8 @@ COOKIE = "token"
 _SAFE = ("GET", "HEAD")
 
 
-async def authenticate(request: web.Request, *, ticket: bool = False) -> User:
-    """The user who sends a request; `ticket` where a stream ticket will do.
+async def authenticate(request: web.Request, *, ticket: bool = False, cookie: bool = True) -> User:
+    """The user who sends a request; `ticket` where a stream ticket will do, not `cookie` where it will not.
 
     Raises: Unauthenticated, TooManyRequests.
     """
@@ -29,7 +29,7 @@ async def authenticate(request: web.Request, *, ticket: bool = False) -> User:
         case "bearer":
             return await _bearer(request, credentials.strip())
         case "":
-            return await _browser(request, ticket=ticket)
+            return await _browser(request, ticket=ticket, cookie=cookie)
     raise Unauthenticated(f"the authentication scheme [{scheme[:30]}] is neither Basic nor Bearer")
 
 
@@ -73,14 +73,14 @@ async def _bearer(request: web.Request, text: str) -> User:
     return accepted.user
 
 
-async def _browser(request: web.Request, *, ticket: bool) -> User:
+async def _browser(request: web.Request, *, ticket: bool, cookie: bool) -> User:
     if ticket and request.query.get("ticket"):
         user = await request.app[USERS].redeem(request.query["ticket"])
         if user is None:
             raise Unauthenticated("the ticket is unknown, expired or used")
         return user
     # A cookie is sent by whatever page makes the browser ask: good for reading, never for changing.
-    if request.method in _SAFE and request.cookies.get(COOKIE):
+    if cookie and request.method in _SAFE and request.cookies.get(COOKIE):
         return await _bearer(request, request.cookies[COOKIE])
     raise Unauthenticated
 

@@ -21,13 +21,19 @@ _DATA_POLICY = "default-src 'none'; frame-ancestors 'none'"
 @web.middleware
 async def origins(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Refuse what a page of another origin must not do; answer preflights."""
-    origin = request.headers.get("Origin")
     if request.method == "OPTIONS":
         return web.Response(headers={"Allow": "GET, HEAD, POST, PUT, DELETE, OPTIONS"})
-    if request.method in _UNSAFE and not _may_write(request, origin):
+    if request.method in _UNSAFE:
+        require_own_page(request)
+    return await handler(request)
+
+
+def require_own_page(request: web.Request) -> None:
+    """Raises: Forbidden if a browser sends this for a page of an origin that may not change anything."""
+    origin = request.headers.get("Origin")
+    if not _may_write(request, origin):
         page = origin or "another origin"
         raise Forbidden(f"pages of [{page[:200]}] may not do this; see the setting allow_origin")
-    return await handler(request)
 
 
 def _may_write(request: web.Request, origin: str | None) -> bool:

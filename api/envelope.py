@@ -43,15 +43,16 @@ def reply(
     request: web.Request,
     data: Any,
     *,
+    status: int = 200,
     flash: Sequence[str] = (),
     headers: Mapping[str, str] | None = None,
     **beside: Any,
 ) -> web.Response:
     """A successful answer: `data`, members `beside` it and warnings in `flash`."""
-    body = {**envelope(request[REQUEST_ID], 200), "data": data, **beside}
+    body = {**envelope(request[REQUEST_ID], status), "data": data, **beside}
     if flash:
         body["flash"] = [{"level": "WARNING", "message": message} for message in flash]
-    return web.Response(text=dumps(body), content_type=JSON, headers=headers)
+    return web.Response(status=status, text=dumps(body), content_type=JSON, headers=headers)
 
 
 def page_reply(request: web.Request, page: Page, rows: Sequence[Any]) -> web.Response:

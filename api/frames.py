@@ -16,6 +16,7 @@ from typing import Any, Literal
 from core4.api.encoding import dumps
 from core4.errors import BadRequest
 from core4.jobs import first_seq, seq_fence
+from core4.results import has_ended
 from core4.states import FINAL, State
 
 ENOUGH = 1024 * 1024  # bytes of frames made at once
@@ -116,13 +117,6 @@ def close_frame(cursor: Cursor, counts: Mapping[str, int]) -> bytes:
     return b"id: %s\nevent: close\ndata: %s\n\n" % (
         str(Cursor(cursor.rev, cursor.seq + 1)).encode(),
         dumps({kind: n for kind, n in counts.items() if n}).encode(),
-    )
-
-
-def has_ended(document: Document) -> bool:
-    """True if nothing that belongs to the job's stream can happen any more."""
-    return document["state"] in FINAL or (
-        bool(document.get("removed_at")) and document["state"] != State.RUNNING
     )
 
 

@@ -50,6 +50,10 @@ class Hub:
         """Number of jobs that are followed."""
         return len(self._rooms)
 
+    def waiting(self, job_id: ObjectId) -> int:
+        """How many wait for news of a job, its room among them."""
+        return len(self._waiting.get(job_id, ()))
+
     async def run(self) -> None:
         """Hear changes until cancelled."""
         self._feed.listen(self._hear)

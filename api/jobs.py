@@ -14,8 +14,7 @@ from aiohttp import web
 from bson import ObjectId
 
 from core4.api.envelope import page_reply, reply
-from core4.api.frames import has_ended
-from core4.api.hub import heard
+from core4.api.hub import REREAD, heard
 from core4.api.keys import CATALOGUE, CONTROLS, HUB, LOGS, QUEUE, REQUEST_ID, SETTINGS, USER, WORKERS
 from core4.api.streams import follow_job, job_headers
 from core4.errors import BadRequest, Forbidden, JobNotFound, KeyReused, UnknownJob
@@ -33,6 +32,7 @@ from core4.options import OPTIONS
 from core4.orders import make_order
 from core4.permissions import Rights
 from core4.queues import Page
+from core4.results import has_ended
 from core4.states import WAITING, State
 
 T = TypeVar("T")
@@ -41,7 +41,6 @@ Document = Mapping[str, Any]
 
 UNAUTHORIZED = "UnauthorizedJob"
 IDEMPOTENCY_KEY = "Idempotency-Key"
-LOOK = 0.5  # seconds between two looks at a job that is waited for, should no change be heard
 # What a row or document tells of a job beside its name and arguments.
 _TELLING = ("last_error", "result", "sources", "history", "doc")
 _CATALOGUE_ROW = (
@@ -284,7 +283,7 @@ async def kill(request: web.Request, args: Args) -> web.Response:
     job, changed = await whole(request.app[QUEUE].kill(job_id, by=request[USER].name))
     document: Document = job.document
     if job.state is State.RUNNING:
-        document = await _wait(request, job_id) or document
+        document = await wait_for(request, job_id, _kill_wait(request)) or document
     return _changed(request, document, changed=changed)
 
 
@@ -302,7 +301,7 @@ async def restart(request: web.Request, args: Args) -> web.StreamResponse:
         request.app[QUEUE].restart(job_id, by=request[USER].name, hostname=socket.gethostname())
     )
     # While a kill is under way the new job is made when the old one has ended.
-    document = await _wait(request, child_id, ended=False)
+    document = await wait_for(request, child_id, _kill_wait(request), ended=False)
     if args["follow"]:
         return await follow_job(request, child_id, document)
     return reply(request, str(child_id), headers=job_headers(child_id))
@@ -329,7 +328,14 @@ async def _find(request: web.Request, mode: str) -> tuple[ObjectId, Document, bo
 
     Raises: JobNotFound, Forbidden.
     """
-    text = request.match_info["_id"]
+    return await find(request, request.match_info["_id"], mode)
+
+
+async def find(request: web.Request, text: str, mode: str) -> tuple[ObjectId, Document, bool]:
+    """The job of the id that `text` may be, if the user may read (`r`) or execute (`x`) it.
+
+    Raises: JobNotFound, Forbidden.
+    """
     if len(text) != 24 or not ObjectId.is_valid(text):
         raise JobNotFound(text[:100])
     job_id = ObjectId(text)
@@ -345,9 +351,15 @@ async def _find(request: web.Request, mode: str) -> tuple[ObjectId, Document, bo
     return job_id, document, journal
 
 
-async def _wait(request: web.Request, job_id: ObjectId, *, ended: bool = True) -> Document | None:
-    """The document once it exists and, if so wished, has ended; what there is after `kill_wait` seconds."""
-    deadline = monotonic() + request.app[SETTINGS].kill_wait
+def _kill_wait(request: web.Request) -> float:
+    return request.app[SETTINGS].kill_wait
+
+
+async def wait_for(
+    request: web.Request, job_id: ObjectId, seconds: float, *, ended: bool = True
+) -> Document | None:
+    """The document once it exists and, if so wished, has ended; what there is after `seconds`."""
+    deadline = monotonic() + seconds
     with request.app[HUB].hints(job_id) as hint:
         while True:
             hint.clear()
@@ -357,7 +369,7 @@ async def _wait(request: web.Request, job_id: ObjectId, *, ended: bool = True) -
             left = deadline - monotonic()
             if left <= 0:
                 return found[0] if found else None
-            await heard(hint, min(left, LOOK))
+            await heard(hint, min(left, REREAD))
 
 
 _unfinished: set[asyncio.Task[Any]] = set()

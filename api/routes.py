@@ -10,8 +10,9 @@ from aiohttp import web
 from marshmallow import Schema
 
 from core4 import identifiers
-from core4.api import arguments, bulk, control, jobs, schedules, sessions, system
+from core4.api import arguments, bulk, control, jobs, results, schedules, sessions, system
 from core4.api.auth import authenticate
+from core4.api.browsers import require_own_page
 from core4.api.keys import BASE, USER
 from core4.schemas import (
     BulkArguments,
@@ -25,7 +26,11 @@ from core4.schemas import (
     PauseArguments,
     PauseTarget,
     PreviewArguments,
+    PullArguments,
     ResetArguments,
+    ResultArguments,
+    ResultListArguments,
+    RunningArguments,
     ScheduleArguments,
     SchedulesArguments,
     SearchArguments,
@@ -50,6 +55,7 @@ class Route:
     handler: Handler
     access: Access = "user"
     takes: type[Schema] = NoArguments
+    changes: bool = False  # a GET that changes something: nothing may send it by itself
 
 
 ROUTES: tuple[Route, ...] = (
@@ -70,6 +76,16 @@ ROUTES: tuple[Route, ...] = (
     Route("PUT", f"{_JOB}/kill/{{_id}}", jobs.kill),
     Route("PUT", f"{_JOB}/remove/{{_id}}", jobs.remove),
     Route("PUT", f"{_JOB}/restart/{{_id}}", jobs.restart, takes=FollowedArguments),
+    Route("GET", f"{_JOB}/view/result", results.view_result, takes=ResultArguments),
+    Route("POST", f"{_JOB}/view/result", results.view_result, takes=ResultArguments),
+    Route("GET", f"{_JOB}/pull/result", results.pull_result, takes=PullArguments, changes=True),
+    Route("POST", f"{_JOB}/pull/result", results.pull_result, takes=PullArguments),
+    Route("GET", f"{_JOB}/view/results", results.list_results, takes=ResultListArguments),
+    Route("POST", f"{_JOB}/view/results", results.list_results, takes=ResultListArguments),
+    Route("GET", f"{_JOB}/view/queued", results.list_queued, takes=ResultListArguments),
+    Route("POST", f"{_JOB}/view/queued", results.list_queued, takes=ResultListArguments),
+    Route("GET", f"{_JOB}/view/running", results.list_running, takes=RunningArguments),
+    Route("POST", f"{_JOB}/view/running", results.list_running, takes=RunningArguments),
     Route("GET", f"{_JOB}/{{_id}}", jobs.detail),
     Route("*", f"{_JOB}/{{action}}/{{_id}}", jobs.unknown_action),
     Route("GET", _SCHEDULE, schedules.list_schedules, takes=SchedulesArguments),
@@ -105,7 +121,7 @@ def add_routes(app: web.Application) -> None:
     """Register all routes."""
     for route in ROUTES:
         app.router.add_route(route.method, route.path, _endpoint(route))
-        if route.method == "GET" and route.access != "stream":
+        if route.method == "GET" and route.access != "stream" and not route.changes:
             app.router.add_route("HEAD", route.path, _endpoint(route))
 
 
@@ -113,8 +129,12 @@ def _endpoint(route: Route) -> Callable[[web.Request], Awaitable[web.StreamRespo
     """Who is calling, then what he says, then what is done."""
 
     async def endpoint(request: web.Request) -> web.StreamResponse:
+        if route.changes:
+            require_own_page(request)
         if route.access != "open":
-            request[USER] = await authenticate(request, ticket=route.access == "stream")
+            request[USER] = await authenticate(
+                request, ticket=route.access == "stream", cookie=not route.changes
+            )
             identifiers.bind({"user": request[USER].name})
         args = await arguments.parse(route.takes, request)
         response = await route.handler(request, args)

@@ -12,9 +12,10 @@ from aiohttp import web
 from aiohttp_sse import EventSourceResponse
 from bson import ObjectId
 
-from core4.api.frames import Cursor, Frame, Mode, close_frame, has_ended, transitions
+from core4.api.frames import Cursor, Frame, Mode, close_frame, transitions
 from core4.api.hub import Follower
 from core4.api.keys import BASE, HUB, SETTINGS
+from core4.results import has_ended
 
 log = logging.getLogger(__name__)
 

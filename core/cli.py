@@ -1,8 +1,9 @@
 """The command line: `core4 up`, the daemons, settings and users; `core4 job ...` is in commands_jobs.
 
 Exit codes: 0 fine, or the job is complete; 1 the job ended as error, or something broke; 2 bad usage,
-refused, or unknown; 3 the job was killed; 4 it became inactive; 69 the API cannot be reached;
-130 stopped or detached by Ctrl-C. Heavy modules are imported in the commands, so that help is quick.
+refused, or unknown; 3 the job was killed; 4 it became inactive; 5 it has no result yet; 69 the API cannot
+be reached; 130 stopped or detached by Ctrl-C. Heavy modules are imported in the commands, so that help is
+quick.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ def core4(context: click.Context, config: str | None) -> None:
       core4 job enqueue NAME --follow
 
     Exit codes: 0 fine or job complete, 1 job error, 2 bad usage or refused, 3 job killed,
-    4 job inactive, 69 API not reachable, 130 Ctrl-C.
+    4 job inactive, 5 no result yet, 69 API not reachable, 130 Ctrl-C.
     """
     context.obj = config
 

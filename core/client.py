@@ -275,6 +275,48 @@ class Client:
         job: Document = self._call("GET", f"job/{quote(job_id, safe='')}")["data"]
         return job
 
+    def result(
+        self, job_id: str | None = None, *, request_id: str | None = None, timeout: float = 0.0
+    ) -> Document:
+        """How far a job is: `status` is Queued, Running, Failed or Completed; `result` and `error` tell more.
+
+        Args:
+            job_id: the job; or
+            request_id: of the request that made it.
+            timeout: seconds to wait for its end, up to 50.
+
+        Raises:
+            ApiError: with status 410 if the result has been pulled.
+        """
+        return self._result("view", job_id, request_id, timeout)
+
+    def pull(
+        self, job_id: str | None = None, *, request_id: str | None = None, timeout: float = 5.0
+    ) -> Document:
+        """The same, and the result is removed once it is handed out: only one caller gets it.
+
+        Nothing is removed while `status` is Queued or Running. If the answer gets lost, so does the result.
+        """
+        return self._result("pull", job_id, request_id, timeout)
+
+    def results(self, **query: Any) -> Page:
+        """Results that nobody has pulled. `query`: page, per_page, namespace, name."""
+        return self._page("job/view/results", query)
+
+    def queued(self, **query: Any) -> Page:
+        """Jobs that wait, as `result` shows them. `query`: page, per_page, namespace, name."""
+        return self._page("job/view/queued", query)
+
+    def running(self, **query: Any) -> Page:
+        """Jobs that run, as `result` shows them. `query`: page, per_page, namespace, name, status."""
+        return self._page("job/view/running", query)
+
+    def _result(self, verb: str, job_id: str | None, request_id: str | None, timeout: float) -> Document:
+        which = {"job_id": job_id, "request_id": request_id}
+        given = {name: text for name, text in which.items() if text is not None}
+        found: Document = self._call("POST", f"job/{verb}/result", {**given, "timeout": timeout})["data"]
+        return found
+
     def kill(self, job_id: str) -> Document:
         """End a job; returns its state and whether that changed. `running`: the worker is at it."""
         return self._change("kill", job_id)
@@ -502,7 +544,7 @@ class Client:
     ) -> Document:
         response = self.send(method, path, json=body, params=params, **more)
         reply = _json_object(response)
-        if response.status_code != 200 or reply is None:
+        if response.status_code not in (200, 202) or reply is None:
             raise _refusal(response, reply)
         self.flash = [str(each.get("message", "")) for each in reply.get("flash") or ()]
         return reply

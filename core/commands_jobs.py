@@ -22,13 +22,15 @@ from core4.console import (
     printable,
     show_rows,
 )
-from core4.display import line_text, watch
+from core4.display import OUTCOMES, line_text, watch
 
 if TYPE_CHECKING:
     from core4.client import Client, Page
 
 LEVELS = {"DEBUG": 10, "INFO": 20, "WARNING": 30, "ERROR": 40, "CRITICAL": 50}
 MOST_ROWS = 500  # of one page of the API
+LONG_POLL = 30.0  # seconds that one request waits for a result
+NO_RESULT = 5  # exit code: the job has not ended yet
 
 QUEUE_COLUMNS = [
     "_id",
@@ -213,6 +215,40 @@ def follow(job_id: str, after: str | None, output: str) -> int:
     """
     with connect() as client:
         return watch(client, job_id, output, after)
+
+
+@job.command()
+@click.argument("id_", metavar="ID")
+@click.option("--request", "by_request", is_flag=True, help="ID is that of the request that made the job.")
+@click.option("--pull", is_flag=True, help="Remove the result: only one gets it.")
+@click.option("--wait", is_flag=True, help="Wait until the job has ended, however long.")
+@JSON_OPTION
+def result(id_: str, by_request: bool, pull: bool, wait: bool, output: str) -> int:
+    """Print a job's result as JSON.
+
+    The exit code is the job's outcome, and 5 if it has not ended yet. With -o json all that is known of
+    the result is printed, its status with it.
+
+    \b
+    Examples:
+      core4 job result 6720f1c0a1b2c3d4e5f60718
+      core4 job result 6720f1c0a1b2c3d4e5f60718 --wait --pull
+    """
+    which = {"request_id" if by_request else "job_id": id_}
+    with connect() as client:
+        ask = client.pull if pull else client.result
+        found = ask(**which, timeout=LONG_POLL if wait else 0.0)
+        while wait and found["status"] in ("Queued", "Running"):
+            found = ask(**which, timeout=LONG_POLL)
+    if output == "json":
+        echo_json(found)
+    elif found["status"] == "Completed":
+        echo_json(found["result"])
+    else:
+        echo_error(f"{found['status']}: {(found['error'] or {}).get('message') or 'there is no result yet'}")
+    if found["status"] == "Completed":
+        return 0
+    return OUTCOMES.get(found["error"]["state"], 1) if found["error"] else NO_RESULT
 
 
 @job.command()

@@ -10,6 +10,7 @@ Core4Error
 │   └── UnknownJob
 ├── Conflict                    409
 │   └── JobExists
+├── ResultGone                  410
 ├── TooLarge                    413
 ├── BadArguments                422
 ├── KeyReused                   422
@@ -121,6 +122,12 @@ class JobExists(Conflict):
             job_id=str(job_id),
         )
         self.job_id = job_id
+
+
+class ResultGone(Core4Error):
+    """The result has been pulled: it was handed out once and removed."""
+
+    status, code = 410, "result_gone"
 
 
 class TooLarge(Core4Error):

@@ -63,9 +63,11 @@ INDEXES: Mapping[str, Sequence[IndexModel]] = {
         IndexModel([("query_at", 1)], name="query_at", sparse=True),
         IndexModel([("expires", 1)], name="expires", sparse=True),
         IndexModel([("settle", 1)], name="settle", sparse=True),
+        IndexModel([("request_id", 1)], name="request_id"),
     ),
     JOURNAL: (
         IndexModel([("name", 1), ("_id", 1)], name="name"),
+        IndexModel([("request_id", 1)], name="request_id"),
         IndexModel([("state", 1), ("_id", 1)], name="state"),
         IndexModel([("settle", 1)], name="settle", sparse=True),
     ),
@@ -171,6 +173,35 @@ class JobQueue:
     async def count(self, where: Mapping[str, Any], *, journal: bool = False) -> int:
         """How many there are behind a trusted filter."""
         return await (self._journal if journal else self._queue).count_documents(dict(where))
+
+    async def of_request(self, request_id: str, limit: int = 2) -> list[ObjectId]:
+        """The ids of jobs that a request has made, at most `limit`."""
+        where = {"request_id": request_id}
+        queued = await self.ids(where, limit=limit)
+        journaled = await self.ids(where, limit=limit, journal=True)
+        return sorted({*queued, *journaled})[:limit]
+
+    async def results(
+        self, where: Mapping[str, Any], *, page: int, per_page: int, fields: Sequence[str]
+    ) -> Page:
+        """One page of ended jobs whose result nobody has pulled; those in the queue come first.
+
+        `where` is a trusted filter.
+        """
+        ended = {"state": {"$in": sorted(FINAL)}, "consumed": None, **where}
+        queued = {**ended, "settle": None}  # what is on its way to the journal is found there
+        stopped = await self._queue.count_documents(queued)
+        total = stopped + await self._journal.count_documents(ended)
+        pages = -(-total // per_page)
+        first = (pages + page if page < 0 else page) * per_page
+        if not 0 <= first < total:
+            return Page([], total, page, per_page)
+        rows: list[Document] = []
+        for table, some, skip in ((self._queue, queued, first), (self._journal, ended, first - stopped)):
+            if len(rows) < per_page:
+                cursor = table.find(some, list(fields)).sort("_id", 1)
+                rows += await cursor.skip(max(skip, 0)).limit(per_page - len(rows)).to_list(None)
+        return Page(rows, total, page, per_page)
 
     async def counts(self, where: Mapping[str, Any] | None = None) -> dict[str, int]:
         """Number of jobs in the queue by state."""
@@ -445,6 +476,35 @@ class JobQueue:
         else:
             _, change = await self._plan_restart(seen, "", "")
         return seen, change is not None
+
+    async def consume(self, job_id: ObjectId, *, by: str, token: str) -> Job:
+        """Take the result of a job that has ended: the job as it was with it, for exactly one caller.
+
+        `token` belongs to this call alone; by it the call knows its own write should the reply be lost.
+
+        Raises: JobNotFound; Conflict for a job that has not ended; ResultGone if somebody else has it;
+        Unavailable if the database did not answer and does not tell whether the result was taken.
+        """
+        taken: Job | None = None
+
+        def plan(seen: Job) -> Change | None:
+            nonlocal taken
+            change = transitions.consume(seen, by, token)
+            taken = seen if change is not None else taken
+            return change
+
+        for last in (False, True):
+            try:
+                await self._transition(job_id, plan)
+                break
+            except ConnectionFailure as error:
+                if last:
+                    raise Unavailable(
+                        f"the database did not answer: the result of job [{job_id}] may or may not be taken",
+                        job_id=str(job_id),
+                    ) from error
+        assert taken is not None
+        return taken
 
     # ------------------------------------------------------------------ pauses
 

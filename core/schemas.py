@@ -20,7 +20,12 @@ from core4.filters import SEARCH, storable
 from core4.jobs import NAMESPACE
 from core4.options import OPTIONS, problem
 from core4.permissions import NAME_LIMIT
+from core4.results import Status
+from core4.states import IDLE, State
 
+RESULT_WAIT = 50  # seconds that a request may wait for a result: less than clients wait for an answer
+# What the list of open jobs can be limited to: easyjobs' words and the states behind them.
+OPEN = (Status.QUEUED, Status.RUNNING, *sorted(IDLE), State.RUNNING)
 SCOPES = ("everything", "namespace", "job", "project", "worker")  # what can be paused
 ACTIONS = ("kill", "restart", "remove")  # what can be done to many jobs
 DEPTH = 32  # levels of lists and objects in arguments
@@ -60,6 +65,23 @@ class Int(_Typed):
         if isinstance(value, int) and not isinstance(value, bool):
             return value
         raise ValueError
+
+
+class Number(_Typed):
+    """A finite number, or its text."""
+
+    as_type = "float"
+
+    def read(self, value: Any) -> float:
+        if isinstance(value, bool) or not isinstance(value, str | int | float):
+            raise TypeError
+        try:
+            number = float(value)
+        except OverflowError:
+            raise ValueError from None
+        if not math.isfinite(number):
+            raise ValueError
+        return number
 
 
 class Bool(_Typed):
@@ -171,8 +193,8 @@ def _reason(value: str) -> None:
         raise ValidationError("parameter [reason] expected at most 500 characters")
 
 
-def _within(name: str, least: int, most: int) -> Callable[[int], None]:
-    def check(value: int) -> None:
+def _within(name: str, least: float, most: float) -> Callable[[float], None]:
+    def check(value: float) -> None:
         if not least <= value <= most:
             raise ValidationError(f"parameter [{name}] expected a number from {least} to {most}")
 
@@ -350,6 +372,45 @@ class LogArguments(PageArguments):
     follow = Bool(load_default=False)
     last_event_id = Text(load_default="")
     ticket = Text(load_default="")
+
+
+class ResultArguments(Arguments):
+    """Which job, by its id or by the request that made it, and how many seconds to wait for its end."""
+
+    job_id = Text()
+    request_id = Text()
+    timeout = Number(load_default=0.0, validate=_within("timeout", 0, RESULT_WAIT))
+
+    @validates_schema
+    def _one(self, data: Mapping[str, Any], **_: Any) -> None:
+        if ("job_id" in data) == ("request_id" in data):
+            raise ValidationError("one of the parameters [job_id] and [request_id] is needed", "job_id")
+
+
+class PullArguments(ResultArguments):
+    """As for a result, with easyjobs' patience."""
+
+    timeout = Number(load_default=5.0, validate=_within("timeout", 0, RESULT_WAIT))
+
+
+class ResultListArguments(Arguments):
+    """Which rows of a list of results, by namespace and name."""
+
+    page = Int(load_default=0, validate=_within("page", -_PAGE_LIMIT, _PAGE_LIMIT))
+    per_page = Int(load_default=100, validate=_within("per_page", 1, 500))
+    namespace = Text(validate=_namespace)
+    name = Text(validate=validate.Length(max=NAME_LIMIT, error="parameter [name] is too long"))
+
+
+def _open_status(value: str) -> None:
+    if value not in OPEN:
+        raise ValidationError(f"parameter [status] expected one of {', '.join(OPEN)}")
+
+
+class RunningArguments(ResultListArguments):
+    """Which open jobs; without a `status` those that run."""
+
+    status = Text(load_default=Status.RUNNING.value, validate=_open_status)
 
 
 class LoginArguments(Arguments):

@@ -74,6 +74,7 @@ MOVES = MappingProxyType(
         "wish_restart": _move(_RUNNING, State.RUNNING),  # while a kill is under way
         "remove": _move(IDLE | STOPPED, *(IDLE | STOPPED)),  # to the journal, keeps the state
         "wish_remove": _move(_RUNNING, State.RUNNING),
+        "consume": _move(FINAL | IDLE, *(FINAL | IDLE)),  # the result was pulled, keeps the state
         "settle": _move(FINAL | IDLE, *(FINAL | IDLE)),  # housekeeping of the outbox
     }
 )

@@ -14,8 +14,9 @@ from typing import Any
 from bson import ObjectId
 
 from core4 import jobs
-from core4.errors import Conflict, JobNotFound, LeaseLost
+from core4.errors import Conflict, JobNotFound, LeaseLost, ResultGone
 from core4.jobs import HISTORY_LIMIT, Job, Lease, Owner, utcnow
+from core4.results import has_ended
 from core4.retries import Outcome, decide
 from core4.states import FINAL, Flag, State
 
@@ -375,6 +376,25 @@ def link(seen: Job, child_id: ObjectId, by: str, hostname: str, *, wish: bool) -
     if wish:
         return Change("wish_restart", fields, entry=line)
     return Change("restart", {**fields, "settle": True}, unset=("unique_key",), entry=line)
+
+
+def consume(seen: Job, by: str, token: str) -> Change | None:
+    """Somebody takes the result, which is then gone; None if the call of this `token` has done so before.
+
+    Raises: Conflict for a job that has not ended; ResultGone if somebody else has it.
+    """
+    if not has_ended(seen.document):
+        raise _refused(seen, "is {state}: there is no result yet")
+    taken = seen.document.get("consumed")
+    if taken is None:
+        # No line of history: that ends with the job, and streams are read from it.
+        return Change("consume", {"consumed": {"at": utcnow(), "by": by, "id": token}, "result": None})
+    if taken["id"] == token:
+        return None
+    when = taken["at"].isoformat(timespec="seconds")
+    raise ResultGone(
+        f"the result of job [{seen.id}] was pulled by {taken['by']} at {when}", job_id=str(seen.id)
+    )
 
 
 def settled(job: Job, *, unlink: bool) -> Change:

@@ -8,15 +8,17 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 from bson import ObjectId
 from pymongo.errors import PyMongoError
 
-from core4.errors import Conflict, NotFound
+from core4.errors import Conflict, NotFound, ResultGone
 from core4.jobs import Job, utcnow
 from core4.logs import Line
 from core4.queues import JOURNAL, QUEUE
+from core4.states import State
 from tests.chaos.client import NAME, Actor
 
 Step = Callable[[Actor], Awaitable[Any]]
@@ -128,6 +130,37 @@ async def remove(actor: Actor) -> None:
     await actor.remove(job_id(actor))
 
 
+async def _stored(actor: Actor) -> list[dict[str, Any]]:
+    """Every job there is."""
+    tables = [actor.database.collection(name) for name in (JOURNAL, QUEUE)]
+    return [document for table in tables for document in await table.find({}).to_list(None)]
+
+
+async def pull(actor: Actor) -> None:
+    """Take the result of the only job there is: what is handed out is noted outside."""
+    document = (await _stored(actor))[0]
+    try:
+        taken = await actor.queue.consume(document["_id"], by="chaos", token=actor.owner.id)
+    except ResultGone:
+        return
+    assert taken.state is not State.COMPLETE or taken.document["result"]["token"]
+    with _pulls(actor).open("a") as pulls:
+        pulls.write(f"{actor.owner.id}\n")
+
+
+def _pulls(actor: Actor) -> Path:
+    return actor.ledger.with_suffix(".pulls")
+
+
+async def pulled_by_one(actor: Actor) -> None:
+    """The result is gone, and nobody has it but the one who is named; he may have died with it."""
+    (document,) = await _stored(actor)
+    path = _pulls(actor)
+    takers = path.read_text().split() if path.exists() else []
+    assert document["result"] is None
+    assert takers in ([], [document["consumed"]["id"]])
+
+
 async def finish(actor: Actor) -> None:
     await actor.finish(job(actor))
 
@@ -230,6 +263,15 @@ scenario("restart-twice", after(restart, restart), finished("failed", attempts=1
 scenario("remove-waiting", remove, enqueued())
 scenario("remove-error", remove, finished("failed", attempts=1))
 scenario("remove-killing", remove, after(started(), kill))
+scenario("pull-journaled", pull, finished("complete"), proof=pulled_by_one, repeat=True)
+scenario("pull-stopped", pull, finished("failed", attempts=1), proof=pulled_by_one, repeat=True)
+scenario(
+    "pull-half-way",
+    pull,
+    after(started(), _without_settling(finish)),
+    proof=pulled_by_one,
+    repeat=True,
+)
 scenario(
     "promote",
     lambda actor: actor.queue.promote(),

@@ -17,7 +17,7 @@ from bson import ObjectId
 
 from core4.api.app import create_app, listen
 from core4.api.frames import Cursor
-from core4.api.keys import BASE, HUB, USERS
+from core4.api.keys import BASE, HUB, QUEUE, USERS
 from core4.catalogue import Catalogue
 from core4.config import Settings
 from core4.database import Database
@@ -84,6 +84,15 @@ class Api:
     def rooms(self) -> int:
         """Jobs that are followed just now."""
         return self.app[HUB].rooms
+
+    @property
+    def queue(self) -> JobQueue:
+        """What the API's own handlers use."""
+        return self.app[QUEUE]
+
+    def waiting(self, job_id: ObjectId) -> int:
+        """How many requests wait for news of a job just now."""
+        return self.app[HUB].waiting(job_id)
 
     def url(self, path: str) -> str:
         return self.root + (BASE + path if path.startswith("/") else "/" + path)

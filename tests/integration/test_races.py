@@ -202,6 +202,11 @@ async def sweep(subject: Subject, queue: JobQueue) -> Any:
     await queue.sweep()  # how much it found to do depends on who was faster: no answer
 
 
+async def pull(subject: Subject, queue: JobQueue) -> Any:
+    job = await queue.consume(subject.job.id, by="bob", token=uuid.uuid4().hex)
+    return f"{job.state} {job.document['result']}"
+
+
 async def enqueue(subject: Subject, queue: JobQueue) -> Any:
     """A third party wants the same place."""
     await queue.enqueue(order(subject.namespace))
@@ -221,6 +226,7 @@ OPS: Mapping[str, Op] = {
         promote,
         rescue,
         sweep,
+        pull,
         enqueue,
     )
 }
@@ -337,6 +343,7 @@ def _shape(document: Mapping[str, Any]) -> str:
         "trial": document["trial"],
         "fence": document["fence"],
         "result": document["result"],
+        "pulled": document.get("consumed") is not None,
         "states": [entry["state"] for entry in document["history"]],
     }
     return str(shown)

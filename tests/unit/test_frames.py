@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core4.api.frames import ENOUGH, Batch, Cursor, Frame, close_frame, has_ended, merge, transitions
+from core4.api.frames import ENOUGH, Batch, Cursor, Frame, close_frame, merge, transitions
 from core4.errors import BadRequest
+from core4.results import has_ended
 
 
 def seq(fence: int, number: int) -> int:

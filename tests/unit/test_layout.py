@@ -21,7 +21,7 @@ FOLDERS = {"core": "core4", "api": "core4.api", "worker": "core4.worker"}
 LAYERS = (
     (
         "words",
-        "errors states options jobs retries transitions schemas permissions filters signatures cron "
+        "errors states options jobs results retries transitions schemas permissions filters signatures cron "
         "timetable orders",
     ),
     ("ground", "config faults database changes service embedded identifiers"),
