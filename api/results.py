@@ -14,7 +14,7 @@ from bson import ObjectId
 
 from core4.api.envelope import page_reply, reply
 from core4.api.jobs import find, limit_to, wait_for, whole
-from core4.api.keys import QUEUE, REQUEST_ID, USER
+from core4.api.keys import QUEUE, USER
 from core4.errors import Conflict, JobNotFound, ResultGone
 from core4.queues import Page
 from core4.results import FIELDS, Status, has_ended, result_of
@@ -44,7 +44,7 @@ async def pull_result(request: web.Request, args: Args) -> web.Response:
     document = await _ended(request, job_id, document, args["timeout"])
     if has_ended(document):
         # Not taken back if the client hangs up in just this moment: a pull is at most once.
-        taken = request.app[QUEUE].consume(job_id, by=request[USER].name, token=str(request[REQUEST_ID]))
+        taken = request.app[QUEUE].consume(job_id, by=request[USER].name)
         document = (await whole(taken)).document
     return _answer(request, document)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import random
+import uuid
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -477,14 +478,13 @@ class JobQueue:
             _, change = await self._plan_restart(seen, "", "")
         return seen, change is not None
 
-    async def consume(self, job_id: ObjectId, *, by: str, token: str) -> Job:
+    async def consume(self, job_id: ObjectId, *, by: str) -> Job:
         """Take the result of a job that has ended: the job as it was with it, for exactly one caller.
-
-        `token` belongs to this call alone; by it the call knows its own write should the reply be lost.
 
         Raises: JobNotFound; Conflict for a job that has not ended; ResultGone if somebody else has it;
         Unavailable if the database did not answer and does not tell whether the result was taken.
         """
+        token = uuid.uuid4().hex  # of this call: it knows its own write by it, should the reply be lost
         taken: Job | None = None
 
         def plan(seen: Job) -> Change | None:

@@ -203,7 +203,7 @@ async def sweep(subject: Subject, queue: JobQueue) -> Any:
 
 
 async def pull(subject: Subject, queue: JobQueue) -> Any:
-    job = await queue.consume(subject.job.id, by="bob", token=uuid.uuid4().hex)
+    job = await queue.consume(subject.job.id, by="bob")
     return f"{job.state} {job.document['result']}"
 
 
