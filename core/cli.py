@@ -18,6 +18,7 @@ import click
 
 from core4.commands_authors import init, run
 from core4.commands_control import controls, halt, pause, resume
+from core4.commands_doctor import doctor
 from core4.commands_jobs import job, workers
 from core4.commands_schedules import schedule
 from core4.console import JSON_OPTION, UNREACHABLE, USAGE, echo_error, load_settings, show_rows
@@ -99,7 +100,7 @@ def core4(context: click.Context, config: str | None) -> None:
     context.obj = config
 
 
-for each in (init, run, job, schedule, workers, pause, resume, controls, halt):
+for each in (init, run, job, schedule, workers, pause, resume, controls, halt, doctor):
     core4.add_command(each)
 
 

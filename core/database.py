@@ -112,6 +112,18 @@ class Database:
         for collection, models in indexes.items():
             await self._database.get_collection(collection).create_indexes(list(models))
 
+    async def missing_indexes(self, indexes: Mapping[str, Sequence[IndexModel]]) -> list[tuple[str, str]]:
+        """Collection and name of each of `indexes` that is not there; of collections with documents."""
+        missing: list[tuple[str, str]] = []
+        for collection, models in indexes.items():
+            table = self._database.get_collection(collection)
+            if await table.find_one({}, {"_id": 1}) is None:
+                continue
+            there = await table.index_information()
+            names = (str(model.document["name"]) for model in models)
+            missing += [(collection, name) for name in names if name not in there]
+        return missing
+
     async def drop(self) -> None:
         """Delete the whole database (tests, demos)."""
         await self._client.drop_database(self.name)

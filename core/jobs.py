@@ -301,6 +301,11 @@ def rank(*, force: bool, priority: int, at: datetime | None = None) -> int:
     return urgency << _TIME_BITS | (micros & ((1 << _TIME_BITS) - 1))
 
 
+def urgency(rank: int) -> int:
+    """The part of a rank that force and priority make, without the time."""
+    return rank >> _TIME_BITS
+
+
 def canonical(value: Any) -> str:
     """One text for equal JSON values, whatever the order of their keys."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)

@@ -18,6 +18,7 @@ from core4.queues import Page
 LOG = "sys.log"
 INDEXES = {LOG: (IndexModel([("job", 1), ("seq", 1)], name="job", unique=True),)}
 LEVELS = {"DEBUG": 10, "INFO": 20, "WARNING": 30, "ERROR": 40, "CRITICAL": 50}
+WINDOW = 500  # jobs that `jobs` gives at once
 FIRST_CHUNKS, CHUNKS = 2, 20  # read at once by `tail`, at first and at most: who wants little reads little
 
 
@@ -105,6 +106,24 @@ class LogStore:
             first, stop = total - stop, total - first
         rows = await self._range(job_id, first, stop)
         return Page(rows[::-1] if descending else rows, total, page, per_page)
+
+    async def jobs(self, newest: int | None = None) -> AsyncIterator[list[ObjectId]]:
+        """The jobs that have lines, newest first, in windows; those of the `newest` chunks only."""
+        cursor = self._log.find({}, {"_id": 0, "job": 1}).sort("job", -1).limit(newest or 0)
+        window: list[ObjectId] = []
+        async for chunk in cursor.batch_size(WINDOW):
+            if window and window[-1] == chunk["job"]:
+                continue
+            if len(window) >= WINDOW:
+                yield window
+                window = []
+            window.append(chunk["job"])
+        if window:
+            yield window
+
+    async def forget(self, job_id: ObjectId) -> None:
+        """Delete all lines of a job."""
+        await self._log.delete_many({"job": job_id})
 
     async def count(self, job_id: ObjectId) -> int:
         """Number of lines of a job."""

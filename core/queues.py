@@ -8,12 +8,13 @@ in the journal) is noted in the first one (`outbox`, `settle`) and can be repeat
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import random
 import uuid
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -22,7 +23,7 @@ from bson.errors import BSONError
 from pymongo import IndexModel
 from pymongo.errors import ConnectionFailure, DocumentTooLarge, DuplicateKeyError, PyMongoError, WriteError
 
-from core4 import jobs, states, transitions
+from core4 import jobs, sanity, states, transitions
 from core4.config import Settings
 from core4.controls import Controls
 from core4.database import Database, Document, refuses_content
@@ -588,7 +589,7 @@ class JobQueue:
         return done
 
     async def rescue(self, alive: Callable[[], Awaitable[Collection[str]]]) -> int:
-        """Take running jobs away from owners that are not `alive`; returns how many.
+        """Take running jobs away from owners that are not `alive`, and from nobody; returns how many.
 
         Whoever is alive is asked after the jobs were read: a worker that registered in between is in.
         """
@@ -599,8 +600,10 @@ class JobQueue:
         rescued = 0
         for document in documents:
             job = Job.from_document(document)
-            if job.lease is not None and job.lease.owner not in owners:
+            if job.lease is None or job.lease.owner not in owners:
                 change = transitions.rescue(job, self._settings.max_crashes, self._settings.max_claims)
+                if job.lease is None:
+                    change = replace(change, move="reclaim")
                 rescued += await self._cas_and_settle(job, change)
         return rescued
 
@@ -611,6 +614,65 @@ class JobQueue:
             for document in await table.find({"settle": True}).limit(limit).to_list(None):
                 done += await self._try_settle(Job.from_document(document, journal=journal))
         return done
+
+    # ------------------------------------------------------------------ repairs, for `core4.doctor`
+
+    async def mend(self, job_id: ObjectId, *, by: str) -> None:
+        """Make right what `core4.sanity` finds wrong with a document and one update can mend.
+
+        Raises: JobNotFound; JobExists if its place has been taken.
+        """
+        try:
+            _, after = await self._transition(job_id, lambda seen: sanity.mend(seen, by))
+        except DuplicateKeyError as error:
+            seen = await self.get(job_id)
+            holder = await self._queue.find_one({"unique_key": jobs.unique_key(seen.name, seen.args)})
+            raise JobExists(holder["_id"] if holder else job_id, seen.name) from error
+        await self._try_settle(after)
+
+    async def restore_child(self, job_id: ObjectId, *, by: str) -> None:
+        """Make the child that a job names as its restart and that does not exist.
+
+        Raises: JobNotFound.
+        """
+
+        async def plan(seen: Job) -> Change | None:
+            child_id = seen.document["enqueued"].get("child_id")
+            if child_id is None or seen.document.get("outbox") or await self.document(child_id):
+                return None
+            return sanity.with_child(seen, child_id, by)
+
+        _, after = await self._transition(job_id, plan)
+        await self._try_settle(after)
+
+    async def drop_twin(self, job_id: ObjectId) -> None:
+        """Delete a job from the queue that the journal has with its end: the journal is right."""
+        queued, journaled = await asyncio.gather(
+            self._queue.find_one({"_id": job_id}), self._journal.find_one({"_id": job_id})
+        )
+        if queued and journaled and not queued.get("settle") and sanity.has_ended(journaled):
+            await self._queue.delete_one({"_id": job_id, "rev": queued["rev"]})
+
+    async def recall(self, job_id: ObjectId, *, by: str) -> None:
+        """Bring a job back that is in the journal without an end.
+
+        It is inserted where no worker sees it, and put in line when the journal has let it go: whoever
+        starts a job and finds it there takes it for done.
+        """
+        found = await self._journal.find_one({"_id": job_id})
+        if found is None or sanity.has_ended(found):
+            return
+        document = sanity.recalled(Job.from_document(found, journal=True), by)
+        for _ in range(2):
+            try:
+                await self._queue.insert_one(document)
+                break
+            except DuplicateKeyError:
+                if await self._queue.find_one({"_id": job_id}, {"_id": 1}):
+                    break  # an earlier try did it, or it had never left
+                document.pop("unique_key", None)  # somebody took its place: it runs beside that one
+        await self._journal.delete_one({"_id": job_id, "rev": found["rev"], "state": found["state"]})
+        await self.mend(job_id, by=by)
 
     # ------------------------------------------------------------------ inside: writing
 
@@ -650,7 +712,7 @@ class JobQueue:
             before = await self.get(job_id)
             if before.rev == 1 and not before.journal:
                 before = await self._without_leftover(before)
-            if before.document.get("settle"):
+            if transitions.settles(before):
                 # Half way to the journal: help it there, so that a document which is being copied
                 # is never written.
                 try:
@@ -700,7 +762,8 @@ class JobQueue:
         where: Document = {"_id": seen.id, "state": seen.state.value, "rev": seen.rev}
         if move.held:
             where["lease.id"] = transitions.lease_of(seen).id
-        update: Document = {"$set": {**change.set, "rev": seen.rev + 1}}
+        rev = change.rev or seen.rev + 1
+        update: Document = {"$set": {**change.set, "rev": rev}}
         if change.unset:
             update["$unset"] = dict.fromkeys(change.unset, 1)
         if change.entry is not None:
@@ -711,9 +774,7 @@ class JobQueue:
             return None
         if "slot" in change.unset and seen.document.get("slot"):
             await self._try_wake(seen.document["slot_key"])
-        return Job.from_document(
-            transitions.applied(seen.document, change, seen.rev + 1), journal=seen.journal
-        )
+        return Job.from_document(transitions.applied(seen.document, change, rev), journal=seen.journal)
 
     async def _cas_and_settle(self, seen: Job, change: Change) -> int:
         after = await self._cas(seen, change)
@@ -776,7 +837,7 @@ class JobQueue:
 
     async def _try_settle(self, job: Job) -> int:
         """Settle now if it can be done; if not, a sweep will."""
-        if not job.document.get("settle"):
+        if not transitions.settles(job):
             return 0
         try:
             await self._settle(job)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from datetime import timedelta
+from itertools import product
 from typing import Any
 
 from pymongo import IndexModel
@@ -89,13 +90,12 @@ class WorkerRegistry:
         """Declare dead whoever has not renewed for `dead_after` seconds of the server's clock; their ids."""
         limit = await self._database.server_time() - timedelta(seconds=dead_after)
         buried: list[str] = []
-        for state in ("up", "drain"):
-            late = await self._workers.find({"state": state, "beat": {"$lt": limit}}, {"_id": 1}).to_list(
-                None
-            )
+        # One without a beat never registered as a worker does: somebody wrote it by hand.
+        for state, beat in product(("up", "drain"), ({"$lt": limit}, None)):
+            late = await self._workers.find({"state": state, "beat": beat}, {"_id": 1}).to_list(None)
             for worker in late:
                 result = await self._workers.update_one(
-                    {"_id": worker["_id"], "state": state, "beat": {"$lt": limit}},
+                    {"_id": worker["_id"], "state": state, "beat": beat},
                     {"$set": {"state": "dead", "running": 0, "ended_at": utcnow()}},
                 )
                 buried += [worker["_id"]] if result.modified_count else []
@@ -108,6 +108,11 @@ class WorkerRegistry:
     async def up(self) -> list[Document]:
         """The documents of all living workers."""
         return await self._workers.find({"state": {"$in": ["up", "drain"]}}).to_list(None)
+
+    async def named(self, ids: Collection[str]) -> dict[str, Document]:
+        """The documents of these owners that there are, whatever became of them."""
+        rows = await self._workers.find({"_id": {"$in": list(ids)}}).to_list(None)
+        return {row["_id"]: row for row in rows}
 
     async def serves(self, name: str, namespace: str | None = None) -> bool:
         """True if a living worker runs jobs of this name (in this namespace)."""

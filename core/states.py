@@ -61,6 +61,9 @@ MOVES = MappingProxyType(
         "flag_zombie": _move(_RUNNING, State.RUNNING, held=True),
         # By whoever finds the holder dead; guarded by the dead holder's lease.
         "rescue": _move(_RUNNING, State.PENDING, State.ERROR, State.KILLED, held=True),
+        # The same of a job that nobody holds: a hand in the database.
+        "reclaim": _move(_RUNNING, State.PENDING, State.ERROR, State.KILLED),
+        "mend": _move(frozenset(State), *State),  # makes a document right again, keeps the state
         # By the claimant, before the start: the job is paused or over a limit and leaves the line.
         # By the claimant, before the start: one of the slots of `max_running`.
         "take_slot": _move(_RUNNING, State.RUNNING, held=True),

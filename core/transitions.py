@@ -33,6 +33,7 @@ class Change:
     set: Mapping[str, Any] = field(default_factory=dict)
     unset: Collection[str] = ()
     entry: Mapping[str, Any] | None = None
+    rev: int | None = None  # of the document afterwards, if not the next one
 
 
 def lease_of(job: Job) -> Lease:
@@ -214,6 +215,11 @@ def _to_settle(seen: Job, state: State) -> dict[str, Any]:
     return {}
 
 
+def settles(job: Job) -> bool:
+    """True if what follows from its end is still to be done. A running job has none, whatever it is marked."""
+    return bool(job.document.get("settle")) and job.state is not State.RUNNING
+
+
 def leaves(job: Job) -> bool:
     """True if the job has no place in the queue any more."""
     return _document_leaves(job.document)
@@ -345,7 +351,8 @@ def retry_now(seen: Job, by: str) -> Change | None:
         return None
     fields: dict[str, Any] = {"held": "worker"} if seen.worker else {"due": True}
     note = entry(seen, seen.state, reason="restarted: due now", by=by)
-    return Change("retry", fields, unset=("query_at",), entry=note)
+    unset = ("query_at",) if seen.worker else ("query_at", "held")
+    return Change("retry", fields, unset=unset, entry=note)
 
 
 def require_ended(seen: Job) -> None:

@@ -34,6 +34,7 @@ from core4.errors import Conflict, Core4Error, JobExists, JobNotFound, LeaseLost
 from core4.jobs import Job, JobOrder, Owner, derived_id, utcnow
 from core4.queues import JOURNAL, QUEUE, JobQueue
 from core4.retries import Outcome
+from core4.sanity import flaws
 from core4.states import FINAL, WAITING, Flag, State
 
 EXAMPLES = int(os.environ.get("CORE4_TEST_EXAMPLES", "60"))
@@ -353,7 +354,7 @@ class QueueMachine(RuleBasedStateMachine):
             "finish",
             row.state.value,
             error,
-            lambda: self.queue.finish(job, OUTCOMES[kind], log_seq=row.trial << 32),
+            lambda: self.queue.finish(job, OUTCOMES[kind], log_seq=job.fence << 32),
         )
         if error is not None or lease in row.written:
             return
@@ -474,6 +475,7 @@ class QueueMachine(RuleBasedStateMachine):
                 assert document["_id"] not in found, "in queue and journal"
                 assert not document.get("settle")
                 assert not document.get("outbox") or document["state"] == "running"
+                assert not flaws(Job.from_document(document, journal=journal))
                 found[document["_id"]] = stored(document, journal=journal)
         assert found == {row.id: row.shown() for row in self.rows}
 
@@ -490,8 +492,11 @@ async def connected(url: str, name: str, home: Path) -> tuple[Database, Counting
 
 def legal() -> set[str]:
     """Every move of the table that this machine can make."""
-    # Nothing makes a blocked job yet, progress is no compare-and-set, and nothing is paused or limited here.
-    return set(states.MOVES) - {"unblock", "progress", "put_aside", "take_slot", "wake"}
+    # Nothing makes a blocked job yet, progress is no compare-and-set, nothing is paused or limited here, and
+    # nobody breaks what would have to be mended.
+    return set(states.MOVES) - {
+        *("unblock", "progress", "put_aside", "take_slot", "wake", "mend", "reclaim"),
+    }
 
 
 # What people and stale holders are told no for; each was seen often in one batch or another.

@@ -22,16 +22,16 @@ LAYERS = (
     (
         "words",
         "errors states options jobs results retries transitions schemas permissions filters signatures cron "
-        "timetable orders",
+        "timetable orders sanity findings",
     ),
     ("ground", "config faults database changes service embedded identifiers"),
-    ("stores", "controls queues bulk catalogue registry logs users schedules"),
+    ("stores", "controls queues bulk catalogue registry logs users schedules doctor"),
     ("authors", "tasks context attempts discovery testing examples"),
     ("sides", "api worker"),
     (
         "doors",
         "cli stack client console display demo __main__ "
-        "commands_authors commands_bulk commands_control commands_jobs commands_schedules",
+        "commands_authors commands_bulk commands_control commands_doctor commands_jobs commands_schedules",
     ),
 )
 RANK = {module: rank for rank, (_, modules) in enumerate(LAYERS) for module in modules.split()}
