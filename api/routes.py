@@ -10,12 +10,13 @@ from aiohttp import web
 from marshmallow import Schema
 
 from core4 import identifiers
-from core4.api import arguments, bulk, control, jobs, results, schedules, sessions, system
+from core4.api import arguments, bulk, control, doctor, jobs, results, schedules, sessions, system
 from core4.api.auth import authenticate
 from core4.api.browsers import require_own_page
 from core4.api.keys import BASE, USER
 from core4.schemas import (
     BulkArguments,
+    DoctorArguments,
     EnqueueArguments,
     FollowedArguments,
     HaltArguments,
@@ -103,6 +104,8 @@ ROUTES: tuple[Route, ...] = (
     Route("PUT", f"{BASE}/control/pause", control.pause, takes=PauseArguments),
     Route("PUT", f"{BASE}/control/resume", control.resume, takes=PauseTarget),
     Route("PUT", f"{BASE}/control/halt", control.halt, takes=HaltArguments),
+    Route("GET", f"{BASE}/doctor", doctor.examine, takes=DoctorArguments),
+    Route("POST", f"{BASE}/doctor", doctor.repair, takes=DoctorArguments),
     Route("GET", f"{BASE}/login", sessions.login, "open", LoginArguments),
     Route("POST", f"{BASE}/login", sessions.login, "open", LoginArguments),
     Route("GET", f"{BASE}/logout", sessions.logout),

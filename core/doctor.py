@@ -30,7 +30,8 @@ from core4.jobs import Job
 from core4.logs import LogStore
 from core4.queues import JOURNAL, QUEUE, JobQueue
 from core4.registry import WorkerRegistry
-from core4.sanity import Flaw, flaws, has_ended
+from core4.results import has_ended
+from core4.sanity import Flaw, flaws
 from core4.schedules import ScheduleStore
 from core4.states import WAITING, State
 
@@ -130,7 +131,7 @@ class Doctor:
         left = {finding.key for finding in report.findings}
         repaired = tuple(finding for key, finding in done.items() if key not in left)
         for finding in repaired:
-            log.warning("doctor.repaired", extra={"kind": finding.kind, "id": finding.id, "by": by})
+            log.info("doctor.repaired", extra={"kind": finding.kind, "id": finding.id, "by": by})
         return Report(report.findings, repaired, report.more)
 
     # ------------------------------------------------------------------ looking
@@ -449,7 +450,7 @@ class Doctor:
             await self._database.ping()
             await asyncio.sleep(step)
         for owner in await self._registry.bury(patience):
-            log.warning("worker.declared_dead", extra={"owner": owner})
+            log.info("worker.declared_dead", extra={"owner": owner})
         with suppress(Unavailable):
             await self._queue.rescue(self._registry.alive_ids)
 

@@ -30,6 +30,7 @@ from core4.database import Database, Document, refuses_content
 from core4.errors import JobExists, JobNotFound, LeaseLost, Unavailable
 from core4.jobs import FORCED_BELOW, HISTORY_LIMIT, Job, JobOrder, Lease, Owner, utcnow
 from core4.options import DEFAULTS
+from core4.results import has_ended
 from core4.retries import Outcome
 from core4.states import FINAL, WAITING, Flag, State
 from core4.transitions import Change
@@ -650,7 +651,7 @@ class JobQueue:
         queued, journaled = await asyncio.gather(
             self._queue.find_one({"_id": job_id}), self._journal.find_one({"_id": job_id})
         )
-        if queued and journaled and not queued.get("settle") and sanity.has_ended(journaled):
+        if queued and journaled and not queued.get("settle") and has_ended(journaled):
             await self._queue.delete_one({"_id": job_id, "rev": queued["rev"]})
 
     async def recall(self, job_id: ObjectId, *, by: str) -> None:
@@ -660,7 +661,7 @@ class JobQueue:
         starts a job and finds it there takes it for done.
         """
         found = await self._journal.find_one({"_id": job_id})
-        if found is None or sanity.has_ended(found):
+        if found is None or has_ended(found):
             return
         document = sanity.recalled(Job.from_document(found, journal=True), by)
         for _ in range(2):
@@ -819,6 +820,8 @@ class JobQueue:
         while index < len(candidates) and len(taken) < limit:
             seen = Job.from_document(candidates[index])
             index += 1
+            if seen.state not in WAITING:
+                continue  # only a hand puts it in line; see core4.doctor
             job = await self._cas(seen, transitions.claim(seen, owner))
             if job is None:
                 index += random.randrange(3)  # others read the same line: do not race for each place in it
@@ -828,6 +831,7 @@ class JobQueue:
 
     async def _find_and_claim(self, owner: Owner, namespaces: Sequence[str], some: Document) -> Job | None:
         where: Document = {"due": True, "namespace": {"$in": list(namespaces)}, **some}
+        where["state"] = {"$in": sorted(WAITING)}
         document = await self._queue.find_one_and_update(
             where, transitions.claim_pipeline(owner), sort=[("rank", 1)], return_document=True
         )

@@ -15,6 +15,7 @@ from bson import ObjectId
 
 from core4 import jobs
 from core4.jobs import HISTORY_LIMIT, Job
+from core4.results import has_ended
 from core4.states import FINAL, WAITING, State
 from core4.transitions import HOLD, LINE, Change, entry, leaves
 
@@ -57,11 +58,6 @@ def mend(seen: Job, by: str) -> Change | None:
     return Change("mend", fields, unset=[name for name in unset if name not in fields], entry=note, rev=rev)
 
 
-def has_ended(document: Mapping[str, Any]) -> bool:
-    """True for a document that belongs into the journal: it is final, or was removed."""
-    return _ended(Job.from_document(document))
-
-
 def recalled(job: Job, by: str) -> dict[str, Any]:
     """The queue's document of a job that is in the journal without an end: it waits, outside of the line."""
     state = State.PENDING if job.state is State.RUNNING else job.state
@@ -97,7 +93,7 @@ def _in_queue(job: Job) -> Iterator[Flaw]:
 
 
 def _in_journal(job: Job) -> Iterator[Flaw]:
-    if not _ended(job):
+    if not has_ended(job.document):
         yield Flaw("journal_open", f"it is {job.state} and in the journal, where nobody runs it")
         return
     yield from _settling(job)
@@ -106,14 +102,10 @@ def _in_journal(job: Job) -> Iterator[Flaw]:
         yield Flaw("line", f"it is in the journal and has {', '.join(left)}", unset=left)
 
 
-def _ended(job: Job) -> bool:
-    return job.state in FINAL or (job.removed_at is not None and job.state is not State.RUNNING)
-
-
 def _settling(job: Job) -> Iterator[Flaw]:
     """What has ended leaves the queue, and its children are made, while `settle` says so."""
     marked, outbox = bool(job.document.get("settle")), job.document.get("outbox")
-    if not _ended(job):
+    if not has_ended(job.document):
         if marked and not (outbox and job.state is not State.RUNNING):
             yield Flaw("unsettled", f"it is {job.state} and marked as ended", unset=("settle",))
     elif marked:

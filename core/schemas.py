@@ -352,6 +352,13 @@ class HaltArguments(Arguments):
     reason = Text(load_default=None, allow_none=True, validate=_reason)
 
 
+class DoctorArguments(Arguments):
+    """Seconds for which something must stand wrong to be told; whether all of the journal is looked at."""
+
+    patience = Int(load_default=15, validate=_within("patience", 0, 60))
+    everything = Bool(load_default=False)
+
+
 class FollowedArguments(Arguments):
     """Whether the answer is a stream."""
 

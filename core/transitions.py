@@ -216,7 +216,7 @@ def _to_settle(seen: Job, state: State) -> dict[str, Any]:
 
 
 def settles(job: Job) -> bool:
-    """True if what follows from its end is still to be done. A running job has none, whatever it is marked."""
+    """True if what follows from its end is still to be done; a running job has none, whatever its mark."""
     return bool(job.document.get("settle")) and job.state is not State.RUNNING
 
 

@@ -16,6 +16,7 @@ from core4.api.routes import ROUTES, Route
 from core4.cli import core4 as command_line
 from core4.config import FIELDS, OTHER_VARIABLES
 from core4.filters import CATALOGUE_FIELDS, JOB_FIELDS, LOG_FIELDS, OPERATORS, SCHEDULE_FIELDS, Field
+from core4.findings import KINDS
 from core4.options import OPTIONS
 from core4.schemas import ScheduleValue
 from core4.states import FINAL, MOVES, STOPPED, Move, State, highstate
@@ -43,6 +44,7 @@ def write_all(app: Sphinx) -> None:
         "routes": routes(),
         "arguments": arguments(),
         "filters": filters(),
+        "findings": findings(),
         "cli": cli(),
     }.items():
         text = "\n".join(lines) + "\n"
@@ -166,6 +168,14 @@ def _value(value: Any) -> str:
 
 def _is_word(value: Any) -> bool:
     return value is None or isinstance(value, bool)
+
+
+def findings() -> Iterator[str]:
+    rows = (
+        (code(name), _plain(kind.meaning), _plain(kind.repair or ""), _plain(kind.advice or ""))
+        for name, kind in KINDS.items()
+    )
+    return table((15, 35, 25, 25), ("Kind", "What it is", "What a repair does", "What you can do"), rows)
 
 
 ACCESS = {"open": "everybody", "user": "signed in", "stream": "signed in, or a ticket"}

@@ -6,7 +6,7 @@ Together they make every write there is; a store write that none of them makes f
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 from bson import ObjectId
 from pymongo.errors import PyMongoError
 
+from core4.doctor import Doctor
 from core4.errors import Conflict, NotFound, ResultGone
 from core4.jobs import Job, utcnow
 from core4.logs import Line
@@ -489,3 +490,48 @@ scenario("schedule", schedule, proof=is_scheduled, repeat=True)
 scenario("schedule-change", pause_and_resume, schedule, proof=is_scheduled, repeat=True)
 scenario("schedule-delete", unschedule, schedule, proof=is_not_scheduled, repeat=True)
 scenario("schedule-advance", advance, schedule, proof=has_advanced, repeat=True)
+
+
+# ---------------------------------------------------------------------- the doctor's repairs
+
+
+async def heal(actor: Actor) -> None:
+    await Doctor(actor.database, actor.settings, patience=0.0).repair(by="chaos")
+
+
+async def is_sound(actor: Actor) -> None:
+    assert (await Doctor(actor.database, actor.settings, patience=0.0).examine()).findings == ()
+
+
+async def misplaced(actor: Actor) -> None:
+    """A job in the journal that nobody has run, and another that has its place."""
+    await enqueued()(actor)
+    document = await actor.database.collection(QUEUE).find_one({"_id": job_id(actor)})
+    assert document is not None
+    await actor.database.collection(JOURNAL).insert_one(document)
+    await actor.database.collection(QUEUE).delete_one({"_id": job_id(actor)})
+
+
+async def without_child(actor: Actor) -> None:
+    await finished("failed", attempts=1)(actor)
+    child = await actor.restart(job_id(actor))
+    await actor.database.collection(QUEUE).delete_one({"_id": child})
+
+
+async def ghostly(actor: Actor) -> None:
+    """Lines of a job that does not exist."""
+    await started()(actor)
+    await actor.logs.append(replace(job(actor), id=ObjectId()), "here", [Line(1, 0.0, "INFO", "boo")])
+
+
+def spoilt(**fields: Any) -> Step:
+    return after(enqueued(), due_at_once(**fields))
+
+
+scenario("doctor-mends", heal, spoilt(rank=0), proof=is_sound, repeat=True)
+scenario("doctor-kills", heal, spoilt(killed_at=utcnow()), proof=is_sound, repeat=True)
+scenario("doctor-recalls", heal, misplaced, proof=is_sound, repeat=True)
+scenario("doctor-makes-the-child", heal, without_child, proof=is_sound, repeat=True)
+scenario("doctor-drops-a-leftover", heal, late_twin, proof=is_sound, repeat=True)
+scenario("doctor-forgets-lines", heal, ghostly, proof=is_sound, repeat=True)
+scenario("rescue-of-nobodys", rescue, after(started(), due_at_once(lease=None)))

@@ -1,4 +1,4 @@
-"""The doctor on a real database: every inconsistency planted by hand, healthy work beside it, live workers."""
+"""The doctor on a real database: inconsistencies planted by hand, healthy work beside them, live workers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 import json
 import subprocess
 from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -18,20 +18,22 @@ from core4.config import Settings
 from core4.database import Database
 from core4.doctor import Doctor
 from core4.findings import KINDS, Finding
-from core4.jobs import Job, JobOrder, derived_id, utcnow
-from core4.logs import Line, LogStore
+from core4.jobs import Job, JobOrder, utcnow
+from core4.logs import Line
 from core4.queues import JOURNAL, QUEUE, JobQueue
-from core4.registry import WorkerRegistry
 from core4.sanity import flaws
-from core4.states import WAITING, State
+from core4.states import FINAL, WAITING, State
 from core4.users import UserStore
 from tests.chaos.checker import check
 from tests.chaos.client import NAME, Actor, new_owner
 from tests.chaos.evidence import opened
 from tests.chaos.recovery import gathered, recover
-from tests.helpers import FAST, clean_environ, eventually_async, program
+from tests.helpers import clean_environ, program
 from tests.integration.driver import Api, Runner
-from tests.integration.test_worker import House
+from tests.integration.test_worker import House, house
+from tests.integration.test_worker_faults import Bench, bench, worker
+
+__all__ = ["bench", "house"]  # fixtures
 
 HOUR = timedelta(hours=1)
 
@@ -138,7 +140,7 @@ def ward(database: Database, settings: Settings, tmp_path: Path) -> Iterator[War
         yield Ward(database, quick, Actor(database, quick, history, tmp_path / "ledger"))
 
 
-Plant = Callable[[Ward], Awaitable[Any]]
+Plant = Callable[["Ward"], Awaitable[Any]]
 PLANTS: dict[str, tuple[str, Plant]] = {}
 
 
@@ -227,7 +229,7 @@ async def _of_a_ghost(ward: Ward, *, start: bool = True, **options: Any) -> Obje
     own, ward.actor.owner = ward.actor.owner, ghost
     job_id = await (ward.started(**options) if start else ward.claimed(**options))
     ward.actor.owner = own
-    await ward.set("queue", job_id, **{"lease.at": utcnow() - HOUR})
+    await ward.queue.update_one({"_id": job_id}, {"$set": {"lease.at": utcnow() - HOUR}})
     return job_id
 
 
@@ -299,7 +301,7 @@ async def complete_and_not_moved(ward: Ward) -> ObjectId:
 
 @plant("unsettled")
 async def moved_and_not_deleted(ward: Ward) -> ObjectId:
-    job_id = await complete_and_not_moved(ward)
+    job_id: ObjectId = await complete_and_not_moved(ward)
     document = await ward.queue.find_one({"_id": job_id})
     assert document is not None
     del document["settle"]
@@ -324,7 +326,7 @@ async def restarted_from_the_journal_and_the_child_forgotten(ward: Ward) -> Obje
 
 @plant("unsettled")
 async def an_outbox_nobody_looks_at(ward: Ward) -> ObjectId:
-    job_id = await restarted_and_the_child_not_made(ward)
+    job_id: ObjectId = await restarted_and_the_child_not_made(ward)
     await ward.set("queue", job_id, unset="settle")
     return job_id
 
@@ -349,7 +351,7 @@ async def an_insert_that_came_after_the_end(ward: Ward) -> ObjectId:
 
 @plant("twice")
 async def a_job_that_runs_and_has_ended(ward: Ward) -> ObjectId:
-    job_id = await an_insert_that_came_after_the_end(ward)
+    job_id: ObjectId = await an_insert_that_came_after_the_end(ward)
     lease = {"id": "x", "owner": ward.actor.owner.id, "at": utcnow()}
     await ward.set("queue", job_id, unset="due", state="running", lease=lease)
     return job_id
@@ -423,7 +425,9 @@ async def an_index_dropped(ward: Ward) -> str:
 
 @plant("unreadable")
 async def a_document_of_something_else(ward: Ward) -> ObjectId:
-    return (await ward.queue.insert_one({"state": "pending", "n": 1})).inserted_id
+    stranger = ObjectId()
+    await ward.queue.insert_one({"_id": stranger, "state": "pending", "n": 1})
+    return stranger
 
 
 async def _schedule(ward: Ward) -> None:
@@ -519,3 +523,123 @@ async def test_each_is_named_and_nothing_else(ward: Ward, repaired: bool) -> Non
 def test_every_kind_is_planted() -> None:
     """What the doctor can say is seen in a test."""
     assert {kind for kind, _ in PLANTS.values()} == set(KINDS)
+
+
+# ---------------------------------------------------------------------- beside live workers
+
+
+async def test_healthy_work_yields_nothing(house: House) -> None:
+    """Jobs of every state under a live worker, more held than may run, others coming and going."""
+    doctor = Doctor(house.database, house.settings, patience=5.0)
+    limited = {"max_running": 1, "max_running_key": "one"}
+    async with house.worker(slots=3):
+        long = await house.enqueue("sleep", value=60)
+        for number in range(3):
+            await house.enqueue("sleep", value=0.5, options=limited)
+            await house.enqueue("raises", options={"attempts": 5, "error_time": 0.3})
+            await house.enqueue("defers", options={"defer_time": 0.2, "defer_max": 3})
+            await house.enqueue("raises", value=number)
+        await house.enqueue("raises", options={"attempts": 2, "error_time": 3600})
+        for _ in range(5):
+            looking = asyncio.create_task(doctor.examine())
+            while not looking.done():
+                await house.reach(await house.enqueue("answer"))
+            assert looking.result().findings == ()
+        await house.queue.kill(long, by="me")
+        await house.reach(long, State.KILLED)
+        assert (await doctor.repair(by="me")).repaired == ()
+
+
+SABOTAGE: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({"state": "pending"}, {"$unset": {"due": 1}}),
+    ({"state": "pending"}, {"$set": {"settle": True}}),
+    ({"state": "pending"}, {"$set": {"rank": 0}}),
+    ({"state": "pending"}, {"$unset": {"unique_key": 1}}),
+    ({"state": "running"}, {"$set": {"due": True}}),
+    ({"state": "running"}, {"$set": {"settle": True}}),
+    ({"state": "running"}, {"$unset": {"lease": 1}}),
+]
+
+
+async def test_repairs_beside_live_workers_lose_nothing(settings: Settings, bench: Bench) -> None:
+    """Two doctors without any patience, two workers, and a hand that breaks whatever it meets."""
+    queue = bench.database.collection(QUEUE)
+    with worker(settings, "first") as first, worker(settings, "second") as second:
+        for command in (first, second):
+            command.wait_for("ready")
+        jobs = [await bench.enqueue(f"k{n}", seconds=0.2, options={"attempts": 3}) for n in range(30)]
+        done = asyncio.Event()
+
+        async def heal() -> int:
+            repaired = 0
+            while not done.is_set():
+                doctor = Doctor(bench.database, settings, patience=0.0)
+                repaired += len((await doctor.repair(by="ann")).repaired)
+            return repaired
+
+        healers = [asyncio.create_task(heal()) for _ in range(2)]
+        for where, update in SABOTAGE * 2:
+            await queue.update_one(where, update)
+            await asyncio.sleep(0.1)  # so that they do not all hit the same moment
+        for job_id in jobs:
+            await bench.wait_for(job_id, *FINAL)
+        done.set()
+        assert sum(await asyncio.gather(*healers)) > 0
+        assert all(command.process.poll() is None for command in (first, second))
+    # A job whose lease was taken may have been run again before its worker knew.
+    await bench.judge(pauses=True)
+
+
+# ---------------------------------------------------------------------- the doors
+
+
+async def test_on_the_command_line(
+    database: Database, queue: JobQueue, settings: Settings, tmp_path: Path
+) -> None:
+    """Exit codes say whether something is wrong; what is told can be read by people and by scripts."""
+    environ = clean_environ(CORE4_MONGO_URL=str(settings.mongo_url), CORE4_MONGO_DATABASE=database.name)
+
+    async def run(*words: str, code: int, **more: str) -> str:
+        command = [program("core4"), "doctor", "--patience", "0", *words]
+        done = await asyncio.to_thread(
+            subprocess.run, command, env={**environ, **more}, capture_output=True, text=True, cwd=tmp_path
+        )
+        assert done.returncode == code, done.stderr
+        return done.stdout if code < 2 else done.stderr
+
+    job = await queue.enqueue(JobOrder(name=NAME, username="ann"))
+    assert "0 wrong, 1 waiting, 0 repaired" in await run(code=0)
+    await database.collection(QUEUE).update_one({"_id": job.id}, {"$unset": {"due": 1}})
+    text = await run(code=1)
+    assert str(job.id) in text
+    assert "core4 doctor --repair" in text
+    found = json.loads(await run("--repair", "-o", "json", code=0))
+    assert [(row["kind"], row["_id"]) for row in found["repaired"]] == [("line", str(job.id))]
+    assert [(row["kind"], row["wrong"]) for row in found["findings"]] == [("unserved", False)]
+    assert (await queue.get(job.id)).document["history"][-1]["by"].startswith("doctor (")
+    none, silent = await asyncio.gather(
+        run(code=2, CORE4_MONGO_URL="", CORE4_HOME=str(tmp_path)),
+        run(code=2, CORE4_MONGO_URL="mongodb://127.0.0.1:9/"),
+    )
+    assert "no database" in none
+    assert "does not answer" in silent
+
+
+async def test_over_the_api(api: Api, users: UserStore, runner: Runner, database: Database) -> None:
+    """For administrators only; the repair is in the job's history under the name of who asked for it."""
+    await users.add("carol", "secret", ["job://.*/x"])
+    job_id = await api.enqueue()
+    await database.collection(QUEUE).update_one({"_id": job_id}, {"$unset": {"due": 1}})
+
+    for method in ("GET", "POST"):
+        assert (await api.call(method, "/doctor", auth=("carol", "secret"))).status == 403
+    assert (await api.call("GET", "/doctor?patience=soon")).status == 400
+    assert (await api.call("GET", "/doctor?patience=61")).status == 400
+    found = (await api.call("GET", "/doctor?patience=0")).data
+    assert [(row["kind"], row["_id"]) for row in found["findings"]] == [("line", str(job_id))]
+    assert (found["wrong"], found["repaired"]) == (1, [])
+    after = (await api.call("POST", "/doctor", json={"patience": 0})).data
+    assert (after["wrong"], after["findings"]) == (0, [])
+    assert [row["_id"] for row in after["repaired"]] == [str(job_id)]
+    last = (await api.detail(job_id))["history"][-1]
+    assert (last["by"], last["reason"]) == ("admin", "repaired: it waits, and no worker will ever see it")
