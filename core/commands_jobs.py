@@ -456,6 +456,10 @@ def why_waiting(found: Mapping[str, Any], workers: Sequence[Mapping[str, Any]], 
     if held == "max_running":
         key, limit = found.get("slot_key"), found.get("max_running")
         return [f"for a slot: at most {limit} of {key} run at the same time (max_running)"]
+    if held == "rate_limit":
+        return [
+            f"until time has passed: {found['rate_limit']} of {found['qual_name']} are started (rate_limit)"
+        ]
     if held and held != "worker":
         return [f"it is held: {held}"]
     return [_why_not_taken(found, up)]

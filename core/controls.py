@@ -1,4 +1,4 @@
-"""What operators hold back: pauses, and the end of all workers that were started before a moment.
+"""What holds jobs back: pauses, the end of all workers that were started before a moment, rate limits.
 
 A pause keeps jobs from being started and stops none that runs. Nothing is asked for in the name of a
 worker or a namespace that is paused; jobs of a paused name or project leave the line when they are met
@@ -17,11 +17,15 @@ from pymongo import IndexModel
 from pymongo.errors import DuplicateKeyError
 
 from core4.database import Database, Document
+from core4.errors import Unavailable
+from core4.jobs import utcnow
+from core4.options import Rate
 
 CONTROL = "sys.control"
 INDEXES = {CONTROL: (IndexModel([("kind", 1)], name="kind"),)}
 
 _HALT = "halt"
+RETRIES = 100  # of one start, if others keep starting jobs of the same name
 
 
 @dataclass(frozen=True)
@@ -112,7 +116,7 @@ class Controls:
 
 
 class ControlStore:
-    """The only writer of `sys.control`. All methods may be repeated after an error."""
+    """Pauses and halts in `sys.control`. All methods may be repeated after an error."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -163,6 +167,88 @@ class ControlStore:
         stored = await self._controls.find_one({"_id": _HALT})
         assert stored is not None  # it is never deleted
         return Halt(stored["by"], stored["at"], stored["reason"])
+
+
+@dataclass(frozen=True)
+class Starts:
+    """When jobs of a name were started lately, by the database's clock, and when to look after held ones."""
+
+    name: str
+    times: Sequence[datetime]
+    rev: int
+    wake_at: datetime | None
+
+    @classmethod
+    def from_document(cls, document: Mapping[str, Any]) -> Starts:
+        return cls(document["name"], document.get("times") or (), document["rev"], document.get("wake_at"))
+
+
+class RateStore:
+    """The starts of jobs with a `rate_limit`, one document per name in `sys.control`.
+
+    It holds the times of the last starts themselves: so no window holds more of them than it may, wherever it
+    begins. All methods may be repeated after an error.
+    """
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._controls = database.collection(CONTROL)
+
+    async def take(self, name: str, rate: Rate) -> datetime | None:
+        """Note one more start; or note nothing and say when it may be tried again.
+
+        Raises: Unavailable if too many others start jobs of this name.
+        """
+        for _ in range(RETRIES):
+            seen = await self._read(name)
+            now = await self._database.server_time()  # behind the reading: the times are in order
+            free_at = rate.free_at(seen.times, now)
+            if free_at > now:
+                return free_at
+            kept = max(rate.count, len(seen.times))
+            if await self._cas(seen, {"$set": {"times": [*seen.times, now][-kept:]}}):
+                return None
+        raise Unavailable(f"too many start [{name}] at the same time, try again")
+
+    async def expect(self, name: str, at: datetime | None = None) -> None:
+        """Held jobs of this name have to be looked after at this time (now), or before."""
+        at = at or await self._database.server_time()
+        where = {"_id": _rate_key(name), "wake_at": None}
+        with suppress(DuplicateKeyError):  # somebody will look after them already
+            await self._controls.update_one(
+                where,
+                {"$set": {"kind": "rate", "name": name, "wake_at": at}, "$inc": {"rev": 1}},
+                upsert=True,
+            )
+
+    async def expected(self) -> tuple[list[Starts], datetime]:
+        """The names whose held jobs have to be looked after, and the database's time."""
+        rows = await self._controls.find({"kind": "rate", "wake_at": {"$ne": None}}).to_list(None)
+        if not rows:
+            return [], utcnow()
+        now = await self._database.server_time()
+        return [Starts.from_document(row) for row in rows if row["wake_at"] <= now], now
+
+    async def look_again(self, seen: Starts, at: datetime | None) -> bool:
+        """Say when held jobs are to be looked after next (None: there are none); False if another did."""
+        return await self._cas(seen, {"$set": {"wake_at": at}})
+
+    async def _read(self, name: str) -> Starts:
+        found = await self._controls.find_one({"_id": _rate_key(name)})
+        return Starts.from_document(found or {"name": name, "rev": 0})
+
+    async def _cas(self, seen: Starts, update: Document) -> bool:
+        where = {"_id": _rate_key(seen.name), "rev": seen.rev}
+        update["$set"] |= {"kind": "rate", "name": seen.name, "rev": seen.rev + 1}
+        try:
+            result = await self._controls.update_one(where, update, upsert=seen.rev == 0)
+        except DuplicateKeyError:
+            return False  # somebody else was the first to start one
+        return bool(result.matched_count or result.upserted_id)
+
+
+def _rate_key(name: str) -> str:
+    return f"rate:{name}"
 
 
 def _key(scope: str, target: str) -> str:

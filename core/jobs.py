@@ -15,7 +15,7 @@ from typing import Any
 
 from bson import ObjectId
 
-from core4.options import DEFAULTS, PRIORITY_LIMIT, stored
+from core4.options import DEFAULTS, PRIORITY_LIMIT, Rate, stored
 from core4.states import State, highstate
 
 NAMESPACE = re.compile(r"[A-Za-z0-9_-]{1,100}")
@@ -187,6 +187,12 @@ class Job:
         """The slots of which the job needs one to run; none for a job without `max_running`."""
         limit, key = self.document.get("max_running"), self.document.get("slot_key")
         return [f"{key}#{n}" for n in range(limit)] if limit and key else []
+
+    @property
+    def rate_limit(self) -> Rate | None:
+        """How often jobs of this name may be started."""
+        text = self.document.get("rate_limit")
+        return Rate.parse(text) if text else None
 
     def held_by(self, lease_id: str) -> bool:
         """True while the lease of this id holds the job."""

@@ -6,8 +6,9 @@ Loads nothing but the interpreter: job authors' modules import it.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from types import MappingProxyType
 from typing import Any
 
@@ -74,6 +75,53 @@ def _is_memory(value: Any) -> bool:
     return size is None or _LEAST_MEMORY <= size <= _MOST_MEMORY
 
 
+_RATE = re.compile(r"([0-9]{1,4})/([0-9]{1,7}(?:\.[0-9]{1,3})?)?([smhd])", re.ASCII)
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+@dataclass(frozen=True)
+class Rate:
+    """At most `count` starts in any `seconds`."""
+
+    count: int
+    seconds: float
+
+    @classmethod
+    def parse(cls, text: str) -> Rate:
+        """The rate that a text like 10/60s or 10/m stands for.
+
+        Raises: ValueError.
+        """
+        match = _RATE.fullmatch(text)
+        if match is None:
+            raise ValueError(text)
+        rate = cls(int(match[1]), float(match[2] or 1) * _UNITS[match[3]])
+        if not (1 <= rate.count <= 1000 and 0.1 <= rate.seconds <= 31 * 86400):
+            raise ValueError(text)
+        return rate
+
+    def __str__(self) -> str:
+        return f"{self.count}/{self.seconds:.10g}s"
+
+    def free_at(self, starts: Sequence[datetime], now: datetime) -> datetime:
+        """When there may be the next start after these, in order: `now`, or later."""
+        if len(starts) < self.count:
+            return now
+        return max(now, starts[-self.count] + timedelta(seconds=self.seconds))
+
+    def left(self, starts: Sequence[datetime], now: datetime) -> int:
+        """How many starts there may be now."""
+        window = now - timedelta(seconds=self.seconds)
+        return max(self.count - sum(start > window for start in starts), 0)
+
+
+def _is_rate(value: Any) -> bool:
+    try:
+        return value is None or (isinstance(value, str) and bool(Rate.parse(value)))
+    except ValueError:
+        return False
+
+
 OPTIONS: Mapping[str, Option] = MappingProxyType(
     {
         "attempts": Option(1, "an int from 1 to 10,000", lambda v: _is_int(v) and 1 <= v <= 10_000),
@@ -102,6 +150,12 @@ OPTIONS: Mapping[str, Option] = MappingProxyType(
             None,
             "1 to 200 printable characters, or null",
             lambda v: v is None or (isinstance(v, str) and 0 < len(v) <= 200 and v.isprintable()),
+        ),
+        "rate_limit": Option(
+            None,
+            "text like 10/60s, 10/m or 500/1.5h (1 to 1,000 starts within 0.1 s to 31 days), or null",
+            _is_rate,
+            lambda value: None if value is None else str(Rate.parse(value)),
         ),
         "priority": Option(
             0,

@@ -15,6 +15,7 @@ import uuid
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
 from functools import partial
 from typing import Any, Literal
 
@@ -25,7 +26,7 @@ from pymongo.errors import ConnectionFailure, DocumentTooLarge, DuplicateKeyErro
 
 from core4 import jobs, sanity, states, transitions
 from core4.config import Settings
-from core4.controls import Controls
+from core4.controls import Controls, RateStore, Starts
 from core4.database import Database, Document, refuses_content
 from core4.errors import JobExists, JobNotFound, LeaseLost, Unavailable
 from core4.jobs import FORCED_BELOW, HISTORY_LIMIT, Job, JobOrder, Lease, Owner, utcnow
@@ -60,6 +61,7 @@ INDEXES: Mapping[str, Sequence[IndexModel]] = {
             name="slot_key",
             partialFilterExpression={"held": "max_running"},
         ),
+        IndexModel([("name", 1), ("rank", 1)], name="rate", partialFilterExpression={"held": "rate_limit"}),
         # Fields that only few documents have: these indexes cost the others nothing.
         IndexModel([("held", 1)], name="held", sparse=True),
         IndexModel([("lease.owner", 1)], name="owner", sparse=True),
@@ -80,6 +82,7 @@ Action = Literal["kill", "restart", "remove"]
 
 _NO_CONTROLS = Controls()
 PEEK = 64  # candidates read at once where the server cannot limit a scan
+WOKEN = 64  # jobs of a name read and woken at once
 RETRIES = 100  # of one decision, if others keep writing the same job
 
 
@@ -101,6 +104,7 @@ class JobQueue:
         self._settings = settings
         self._queue = database.collection(QUEUE)
         self._journal = database.collection(JOURNAL)
+        self._rates = RateStore(database)
         self._horizon: dict[str, int] = {}
 
     async def prepare(self) -> None:
@@ -259,7 +263,7 @@ class JobQueue:
             candidates = sorted([*pinned, *waiting], key=lambda doc: doc["rank"])
             paused = {doc["name"] for doc in candidates if controls.of_name(doc["name"])}
             free = [doc for doc in candidates if doc["name"] not in paused]
-            taken = [await self._slotted(job) for job in await self._take(owner, free, limit)]
+            taken = [await self._admitted(job) for job in await self._take(owner, free, limit)]
             return [job for job in taken if job is not None], paused, bool(paused) or None in taken
         claimed: list[Job] = []
         while len(claimed) < limit:
@@ -269,17 +273,35 @@ class JobQueue:
             if controls.of_name(job.name):
                 await self._put_aside(job, "paused")
                 return claimed, {job.name}, True
-            slotted = await self._slotted(job)
-            claimed += [slotted] if slotted else []
+            admitted = await self._admitted(job)
+            claimed += [admitted] if admitted else []
         return claimed, set(), False
 
-    async def _slotted(self, job: Job) -> Job | None:
-        """The claimed job with a slot of its `max_running`; None if all are taken: it has left the line."""
+    async def _admitted(self, job: Job) -> Job | None:
+        """The claimed job within its limits across all workers; None if it has left the line for them."""
         slots = job.slots()
-        if not slots:
-            return job
+        free = await self._free(slots)
+        # Only a job that finds a slot uses up one of its starts.
+        if (free or not slots) and not await self._within_rate(job):
+            return None
+        return await self._slotted(job, free) if slots else job
+
+    async def _within_rate(self, job: Job) -> bool:
+        """True if the job may be started now by its `rate_limit`; else it has left the line."""
+        if job.rate_limit is None:
+            return True
+        free_at = await self._rates.take(job.name, job.rate_limit)
+        if free_at is None:
+            return True
+        await self._put_aside(job, "rate_limit")
+        await self._park_all(job, "rate_limit", name=job.name, rate_limit=job.document["rate_limit"])
+        await self._rates.expect(job.name, free_at)
+        return False
+
+    async def _slotted(self, job: Job, free: Sequence[str]) -> Job | None:
+        """The claimed job with one of the free slots of its `max_running`; None if all are taken."""
         lease = transitions.lease_of(job)
-        for slot in await self._free(slots):
+        for slot in free:
             try:
                 return await self._held(job, lease, partial(transitions.take_slot, lease=lease, slot=slot))
             except DuplicateKeyError:
@@ -288,16 +310,22 @@ class JobQueue:
                 return None
         await self._put_aside(job, "max_running")
         key = job.document["slot_key"]
-        # All that stand behind it for the same slots would only be claimed to be put aside.
-        await self._queue.update_many(
-            {"due": True, "slot_key": key},
-            {"$set": {"held": "max_running"}, "$unset": {"due": 1}, "$inc": {"rev": 1}},
-        )
-        if await self._free(slots):  # since then: whoever freed it may have found nobody to wake
+        await self._park_all(job, "max_running", slot_key=key)
+        if await self._free(job.slots()):  # since then: whoever freed it may have found nobody to wake
             await self._wake(key)
         return None
 
+    async def _park_all(self, job: Job, held: str, **same: Any) -> None:
+        """Take all out of the line that stand in it for the same: each would be claimed to be put aside."""
+        pinned: Document = {"held": "worker", "worker": job.worker, "query_at": None}
+        line: Document = pinned if job.worker else {"due": True}
+        await self._queue.update_many(
+            {**line, **same}, {"$set": {"held": held}, "$unset": {"due": 1}, "$inc": {"rev": 1}}
+        )
+
     async def _free(self, slots: Sequence[str]) -> list[str]:
+        if not slots:
+            return []
         rows = await self._queue.find({"slot": {"$in": list(slots), "$exists": True}}, {"slot": 1}).to_list(
             None
         )
@@ -315,7 +343,7 @@ class JobQueue:
             first = Job.from_document(found[0])
             if not await self._free(first.slots()):
                 return False
-            if await self._cas(first, transitions.wake(first)) is not None:
+            if await self._cas(first, transitions.wake(first, "a slot is free")) is not None:
                 return True
         return False
 
@@ -567,6 +595,9 @@ class JobQueue:
 
     async def wake_held(self) -> int:
         """Wake whom a dead process did not: as many per key as there are free slots."""
+        rated = [{"$match": {"held": "rate_limit"}}, {"$group": {"_id": "$name"}}]
+        for row in await self._database.aggregate(QUEUE, rated):
+            await self._rates.expect(row["_id"])
         keys: list[Mapping[str, Any]] = [
             {"$match": {"held": "max_running"}},
             {"$group": {"_id": "$slot_key", "n": {"$sum": 1}}},
@@ -577,6 +608,31 @@ class JobQueue:
             free = await self._free(Job.from_document(first).slots()) if first else []
             for _ in range(min(len(free), row["n"])):
                 woken += await self._wake(row["_id"])
+        return woken
+
+    async def wake_rated(self) -> int:
+        """Put back in line what was held by a rate limit: as many per name as may be started now."""
+        expected, now = await self._rates.expected()
+        return sum([await self._wake_name(starts, now) for starts in expected])
+
+    async def _wake_name(self, starts: Starts, now: datetime) -> int:
+        where = {"held": "rate_limit", "name": starts.name}
+        first = await self._queue.find(where).sort("rank", 1).limit(1).to_list(None)
+        if not first:
+            await self._rates.look_again(starts, None)
+            return 0
+        rate = Job.from_document(first[0]).rate_limit
+        assert rate is not None
+        count = min(rate.left(starts.times, now), WOKEN)
+        found = await self._queue.find(where).sort("rank", 1).limit(count).to_list(None) if count else []
+        window = timedelta(seconds=rate.seconds)
+        ends = [start + window for start in starts.times if start + window > now]
+        later = now if count == WOKEN else min(ends, default=now + window)
+        if not await self._rates.look_again(starts, later):
+            return 0  # somebody else does it
+        woken = 0
+        for job in map(Job.from_document, found):
+            woken += await self._cas(job, transitions.wake(job, "may be started again")) is not None
         return woken
 
     async def expire(self, limit: int = 200) -> int:

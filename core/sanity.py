@@ -19,7 +19,7 @@ from core4.results import has_ended
 from core4.states import FINAL, WAITING, State
 from core4.transitions import HOLD, LINE, Change, entry, leaves
 
-_REASONS = {"worker", "paused", "max_running"}  # why a waiting job may be held
+_REASONS = {"worker", "paused", "max_running", "rate_limit"}  # why a waiting job may be held
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def _waiting(job: Job) -> Iterator[Flaw]:
     document = job.document
     due, held, later = bool(document.get("due")), document.get("held"), document.get("query_at")
     wrong = _pinned_line(due, held, later) if job.worker else _free_line(due, held, later)
-    if held == "max_running" and not job.slots():
+    if (held == "max_running" and not job.slots()) or (held == "rate_limit" and job.rate_limit is None):
         wrong = "it is held for a limit that it does not have"
     if wrong:
         yield _back_in_line(job, wrong)

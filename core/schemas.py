@@ -148,7 +148,7 @@ class OptionValue(fields.Field[Any]):
 
     def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> Any:
         assert attr is not None
-        if isinstance(value, str) and attr not in ("worker", "max_running_key"):
+        if isinstance(value, str) and attr not in ("worker", "max_running_key", "rate_limit"):
             value = _from_text(value, is_bool=isinstance(OPTIONS[attr].default, bool))
         complaint = problem(attr, value)
         if complaint:

@@ -67,7 +67,7 @@ MOVES = MappingProxyType(
         # By the claimant, before the start: the job is paused or over a limit and leaves the line.
         # By the claimant, before the start: one of the slots of `max_running`.
         "take_slot": _move(_RUNNING, State.RUNNING, held=True),
-        "wake": _move(WAITING, *WAITING),  # a slot is free: back in line
+        "wake": _move(WAITING, *WAITING),  # a slot is free, or time has passed: back in line
         "put_aside": _move(_RUNNING, State.PENDING, State.KILLED, held=True),
         "flag_kill": _move(_RUNNING, State.RUNNING),
         "kill": _move(IDLE, State.KILLED),

@@ -100,6 +100,7 @@ class CoreJob:
     ``max_parallel``          jobs of this class that one worker runs at a time, None for any (15)
     ``max_running``           jobs of this class that all workers together run at a time, None for any (None)
     ``max_running_key``       what ``max_running`` counts together instead of the class's name (None)
+    ``rate_limit``            starts of jobs of this class by all workers, like "10/60s", None for any (None)
     ``priority``              -1000 to 1000, higher first (0)
     ``force``                 before all others, whatever their priority (False)
     ``worker``                run only on this worker, like ``worker@host`` (None)
@@ -142,6 +143,7 @@ class CoreJob:
     max_parallel: int | None = OPTIONS["max_parallel"].default
     max_running: int | None = OPTIONS["max_running"].default
     max_running_key: str | None = OPTIONS["max_running_key"].default
+    rate_limit: str | None = OPTIONS["rate_limit"].default
     priority: int = OPTIONS["priority"].default
     force: bool = OPTIONS["force"].default
     worker: str | None = OPTIONS["worker"].default

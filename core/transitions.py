@@ -266,10 +266,10 @@ def take_slot(seen: Job, lease: Lease, slot: str) -> Change:
     return Change("take_slot", {"slot": slot})
 
 
-def wake(seen: Job) -> Change:
-    """A slot has become free: the first that was held for one is in line again."""
+def wake(seen: Job, reason: str) -> Change:
+    """What the job was held for has become free: it is in line again."""
     fields: dict[str, Any] = {"held": "worker"} if seen.worker else {"due": True}
-    note = entry(seen, seen.state, reason="a slot is free")
+    note = entry(seen, seen.state, reason=reason)
     return Change("wake", fields, unset=() if seen.worker else ("held",), entry=note)
 
 

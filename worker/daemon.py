@@ -518,7 +518,7 @@ class Worker:
             await asyncio.sleep(_jittered(self._settings.poll))
             now = time.monotonic()
             try:
-                if await self._queue.promote():
+                if await self._queue.promote() + await self._queue.wake_rated():
                     self._work.set()
                 await self._queue.expire()
                 if now - rescued_at >= self._settings.rescue_every:

@@ -8,6 +8,7 @@ import socket
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -184,6 +185,13 @@ class Actor:
         late = {"query_at": {"$gt": utcnow()}}
         raw = self.database.collection("sys.queue")
         await raw.update_many(late, {"$set": {"query_at": utcnow()}})
+        await self.forget_starts()
+
+    async def forget_starts(self) -> None:
+        """Instead of waiting: whatever was started is long ago."""
+        raw = self.database.collection("sys.control")
+        past = utcnow() - timedelta(days=1)
+        await raw.update_many({"kind": "rate"}, {"$set": {"times": [], "wake_at": past}})
 
     async def upkeep(self) -> None:
         """What each worker does for all of them."""
@@ -192,6 +200,7 @@ class Actor:
         await self.queue.expire()
         await self.queue.promote()
         await self.queue.wake_held()
+        await self.queue.wake_rated()
         await self.queue.unpark(Controls())  # in the end nothing is paused
 
     # ------------------------------------------------------------------ the diary

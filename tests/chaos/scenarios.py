@@ -420,6 +420,24 @@ for one_write in (False, True):
     scenario(f"claim-over-limit-{one_write}", over_limit, started(**LIMITED), find_and_modify=one_write)
 scenario("finish-wakes", finish, after(started(**LIMITED), over_limit))
 scenario("rescue-wakes", rescue, after(started(**LIMITED), over_limit, bury_self))
+RATED: dict[str, Any] = {"rate_limit": "1/1h"}
+
+
+async def over_rate(actor: Actor) -> None:
+    """One may be started in an hour: those behind it are put aside."""
+    for key in ("k2", "k3"):
+        await actor.enqueue(key, **RATED)
+    await actor.claim()
+
+
+async def wake_rated(actor: Actor) -> None:
+    await actor.forget_starts()
+    await actor.queue.wake_rated()
+
+
+scenario("claim-rated", lambda actor: actor.claim(), enqueued(**RATED), find_and_modify=False)
+scenario("claim-over-rate", over_rate, started(**RATED), find_and_modify=True)
+scenario("wake-rated", wake_rated, after(started(**RATED), over_rate))
 scenario("pause", pause, proof=is_paused, repeat=True)
 scenario("halt", halt, proof=is_halted, repeat=True)
 scenario("claim-paused", claim_paused, after(enqueued(), pause), find_and_modify=False)

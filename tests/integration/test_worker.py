@@ -915,3 +915,12 @@ async def test_a_changed_file_is_loaded_again(house: House, tmp_path: Path) -> N
         job = await house.reach(long)
         assert running.worker._loaded.problems == []
     assert (job.state, job.trial) == (State.COMPLETE, 1)
+
+
+async def test_what_a_rate_limit_holds_is_started_when_time_has_passed(house: House) -> None:
+    """By upkeep, with nobody who asks for it."""
+    options = {"rate_limit": "2/0.3s"}
+    async with house.worker():
+        ids = [await house.enqueue("answer", options=options) for _ in range(7)]
+        for job_id in ids:
+            assert (await house.reach(job_id)).state is State.COMPLETE

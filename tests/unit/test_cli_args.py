@@ -192,6 +192,9 @@ LATER = (NOW + timedelta(seconds=90)).replace(tzinfo=None).isoformat()
         pytest.param(job(worker="x@y", held="worker"), [worker()], "worker x@y only", id="pinned-to-absent"),
         pytest.param(job(held="paused"), [worker()], "held: paused", id="held"),
         pytest.param(
+            job(held="rate_limit", rate_limit="10/60s"), [worker()], "10/60s of a.Job are started", id="rate"
+        ),
+        pytest.param(
             job(), [worker(jobs=["b.Job"])], "no worker that is up runs a.Job", id="name-not-served"
         ),
         pytest.param(job(namespace="X"), [worker()], "serves the namespace X", id="namespace-not-served"),

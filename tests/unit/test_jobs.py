@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from core4 import jobs
 from core4.jobs import Job, JobOrder
-from core4.options import DEFAULTS, OPTIONS, PRIORITY_LIMIT, problem
+from core4.options import DEFAULTS, OPTIONS, PRIORITY_LIMIT, Rate, problem
 from core4.retries import Outcome, decide
 from core4.states import FINAL, MOVES, STOPPED, WAITING, State, highstate
 
@@ -130,6 +130,52 @@ def test_a_memory_limit_is_stored_in_bytes(given: Any, kept: int | None) -> None
 @pytest.mark.parametrize("given", [0, -5, 1.5e9, True, "", "MB", "1MB", "-1GB", "2 PB", "1e9", "5GBB", 2**51])
 def test_no_memory_limit(given: Any) -> None:
     assert "memory_limit" in str(problem("memory_limit", given))
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        (None, None),
+        ("10/60s", "10/60s"),
+        ("10/m", "10/60s"),
+        ("500/1.5h", "500/5400s"),
+        ("1/0.1s", "1/0.1s"),
+        ("1000/31d", "1000/2678400s"),
+    ],
+)
+def test_a_rate_limit_is_stored_in_seconds(given: Any, kept: str | None) -> None:
+    """So that what means the same is the same."""
+    assert problem("rate_limit", given) is None
+    document = jobs.new_document(JobOrder(name="t.Job", options={"rate_limit": given}), ObjectId(), NOW)
+    assert document["rate_limit"] == kept
+    assert str(Job.from_document(document).rate_limit) == str(kept)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [10, True, "", "10", "10/", "0/s", "1001/s", "1/0.05s", "1/32d", "-1/s", "1/ s", "1/s\n", "x/s", "1/w"],
+)
+def test_no_rate_limit(given: Any) -> None:
+    assert "rate_limit" in str(problem("rate_limit", given))
+
+
+@given(
+    count=st.integers(1, 5),
+    seconds=st.floats(0.1, 10),
+    steps=st.lists(st.floats(0, 5), max_size=40),
+)
+def test_no_window_holds_more_starts_than_the_rate(count: int, seconds: float, steps: list[float]) -> None:
+    """Wherever it begins; and whoever waits as long as he is told may start."""
+    rate, now = Rate(count, seconds), NOW
+    starts: list[datetime] = []
+    for step in steps:
+        now += timedelta(seconds=step)
+        free_at = rate.free_at(starts, now)
+        assert (free_at > now) == (rate.left(starts, now) == 0)
+        assert rate.free_at(starts, free_at) == free_at
+        starts += [now] if free_at == now else []
+    window = timedelta(seconds=seconds)
+    assert all(late - early >= window for early, late in zip(starts, starts[count:], strict=False))
 
 
 @pytest.mark.parametrize("name", OPTIONS)
