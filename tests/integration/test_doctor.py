@@ -80,7 +80,7 @@ class Ward:
         document = await self.queue.find_one({"args.key": key, "state": {"$in": sorted(WAITING)}})
         assert document is not None
         (taken,) = await self.actor.queue._take(self.actor.owner, [document], 1)
-        return await self.actor.queue._slotted(taken)
+        return await self.actor.queue._admitted(taken)
 
     async def claimed_of(self, key: str) -> Job:
         job = await self.claim(key)
@@ -179,6 +179,7 @@ broken("line", "a waiting job without due", unset="due")
 broken("line", "held for a worker, pinned to none", unset="due", held="worker")
 broken("line", "held for an unknown reason", unset="due", held="moon")
 broken("line", "held for a limit it has not", unset="due", held="max_running")
+broken("line", "held for a rate it has not", unset="due", held="rate_limit")
 broken("line", "due and waiting for a time", query_at=lambda: utcnow() + HOUR)
 broken("line", "due and held", max_running=1, held="max_running")
 broken("line", "pinned and due", worker="worker@here", due=True)
