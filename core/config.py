@@ -258,6 +258,9 @@ class Settings:
         "Available memory of the machine below which a worker starts only jobs with force.",
         most=1024 * 1024 * MIB,
     )
+    max_processes: int = _count(
+        500, "Processes that one job may have at a time, children of children included; more end it."
+    )
     max_crashes: int = _count(
         3, "Crashes of its process or worker after which a job ends as error.", most=1000
     )

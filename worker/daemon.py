@@ -32,6 +32,7 @@ from core4.queues import QUEUE, JobQueue
 from core4.registry import WorkerRegistry
 from core4.schedules import SCHEDULE
 from core4.service import ready
+from core4.worker import linux
 from core4.worker.executor import Execution
 from core4.worker.gate import Gate
 from core4.worker.handle import Launcher, LauncherDied, Loaded, load_all
@@ -427,6 +428,15 @@ class Worker:
         while True:
             await asyncio.sleep(GATE_EVERY)
             self._look_at_machine()
+            await self._look_at_crowds()
+
+    async def _look_at_crowds(self) -> None:
+        """Find the jobs that make more and more processes; one look at all processes is for all jobs."""
+        keepers = {each.keeper: each for each in self._executions.values() if each.keeper is not None}
+        if not keepers:
+            return
+        for keeper, count in (await asyncio.to_thread(linux.crowds, list(keepers))).items():
+            keepers[keeper].count(count)
 
     def _look_at_machine(self) -> None:
         """Open or close the gate; said once, however many jobs wait behind it."""

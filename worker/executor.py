@@ -65,6 +65,7 @@ class Execution:
     ) -> None:
         assert job.lease is not None
         self.job, self.lease_id = job, job.lease.id
+        self.keeper: int | None = None  # the process below which all of the job's are, while there are any
         self._entry, self._launcher = entry, launcher
         self._queue, self._logs, self._settings, self._hostname = queue, logs, settings, hostname
         self._children = Children(job, queue, catalogue, args_cap=settings.args_cap, hostname=hostname)
@@ -92,6 +93,13 @@ class Execution:
         """The lease is lost: end all processes at once and write nothing more."""
         self._stop("lost", 0.0)
         self._lost.set()
+
+    def count(self, processes: int) -> None:
+        """There are so many processes of the job: end it if they are more than it may have."""
+        most = self._settings.max_processes
+        if processes > most:
+            reason = f"processes: it had {processes}, {most} are allowed"
+            self._exceed(Outcome.crashed(reason), at_once=True)
 
     def _exceed(self, outcome: Outcome, *, at_once: bool = False) -> None:
         """End the job because of one of its limits; what it says from now on does not count."""
@@ -142,6 +150,7 @@ class Execution:
 
     async def _attend(self, process: JobProcess) -> None:
         started = time.monotonic()
+        self.keeper = process.keeper
         self._limits.begin()
         joblog = JobLog(self._logs, self.job, self._hostname, self._settings)
         writer = asyncio.create_task(joblog.run())

@@ -57,13 +57,28 @@ def open_files() -> frozenset[int]:
 
 def descendants(root: int) -> list[Process]:
     """All living processes below `root`."""
-    below: dict[int, list[Process]] = {}
+    return _below(root, _families())
+
+
+def crowds(roots: Iterable[int]) -> dict[int, int]:
+    """How many living processes there are below each of `roots`; those of the machine are read once."""
+    families = _families()
+    return {root: len(_below(root, families)) for root in roots}
+
+
+def _families() -> Mapping[int, list[Process]]:
+    """All living processes by their parent."""
+    families: dict[int, list[Process]] = {}
     for process in _processes().values():
-        below.setdefault(process.parent, []).append(process)
+        families.setdefault(process.parent, []).append(process)
+    return families
+
+
+def _below(root: int, families: Mapping[int, list[Process]]) -> list[Process]:
     found: list[Process] = []
     waiting = [root]
     while waiting:
-        children = below.get(waiting.pop(), [])
+        children = families.get(waiting.pop(), [])
         found += children
         waiting += [child.pid for child in children]
     return found

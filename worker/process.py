@@ -142,7 +142,10 @@ def _attempt(channel: Channel, order: Message) -> Ended:
         channel.send({"progress": {"value": value, "message": message[:TEXT_LIMIT]}})
 
     def enqueue(name: str, args: Mapping[str, Any]) -> str:
-        answer = channel.ask({"enqueue": {"name": name, "args": dict(args)}})
+        try:
+            answer = channel.ask({"enqueue": {"name": name, "args": dict(args)}})
+        except RecursionError:
+            raise EnqueueRefused("the arguments are nested too deep", reason="bad_arguments") from None
         if answer is None:
             raise EnqueueRefused("only the job's own process can enqueue", reason="no_queue")
         if "enqueued" in answer:

@@ -42,6 +42,14 @@ class Inside:
         logging.getLogger("inside").info("from inside")
 
 
+def nested(levels: int) -> list[Any]:
+    """A list in a list, so many times."""
+    found: list[Any] = []
+    for _ in range(levels):
+        found = [found]
+    return found
+
+
 class Unruly(CoreJob):
     """Does `what`."""
 
@@ -279,3 +287,40 @@ class Unruly(CoreJob):
 
     def raises(self, pidfile: str, value: Any) -> None:
         raise RuntimeError("as told")
+
+    def fork_bomb(self, pidfile: str, value: Any) -> None:
+        """Every process makes more, as fast as it can; it is bounded by as many tokens as `value`."""
+        tokens, bank = os.pipe2(os.O_NONBLOCK)
+        os.write(bank, b"." * value)
+        while True:
+            try:
+                os.read(tokens, 1)
+            except BlockingIOError:
+                time.sleep(60)
+                continue
+            if os.fork() == 0:
+                os.setsid()
+
+    def flood(self, pidfile: str, value: Any) -> None:
+        """So many MiB of lines."""
+        lines = (b"x" * 127 + b"\n") * 8192
+        for _ in range(value):
+            rest = memoryview(lines)
+            while rest:
+                rest = rest[os.write(1, rest) :]
+
+    def odd_result(self, pidfile: str, value: Any) -> Any:
+        cycle: list[Any] = []
+        cycle.append(cycle)
+        odd = {"nan": float("nan"), "bytes": b"x", "cycle": cycle, "lambda": lambda: 0, "deep": nested(1000)}
+        return odd[value] if value in odd else "x" * value
+
+    def deep_child(self, pidfile: str, value: Any) -> str:
+        return self.enqueue(self.name, what="answer", value=nested(1000))
+
+    def missing_import(self, pidfile: str, value: Any) -> None:
+        import no_such_module_anywhere  # type: ignore[import-not-found]  # noqa: F401
+
+    def stray_thread(self, pidfile: str, value: Any) -> str:
+        threading.Thread(target=linger, args=(pidfile,)).start()
+        return "done, but for a thread"
