@@ -39,7 +39,13 @@ OTHER_VARIABLES: Mapping[str, str] = {
     "CORE4_TOKEN": "bearer token for the API, instead of user name and password",
     "CORE4_NEW_PASSWORD": "password that `core4 user add` and `core4 user passwd` set",
 }
-SECRET_VARIABLES = ("CORE4_MONGO_URL", "CORE4_PASSWORD", "CORE4_TOKEN", "CORE4_NEW_PASSWORD")
+SECRET_VARIABLES = (
+    "CORE4_MONGO_URL",
+    "CORE4_BROKER_URL",
+    "CORE4_PASSWORD",
+    "CORE4_TOKEN",
+    "CORE4_NEW_PASSWORD",
+)
 
 
 def is_loopback(host: str) -> bool:
@@ -114,6 +120,21 @@ def _check_mongo_url(url: str) -> None:
     credentials, _, hosts = server.rpartition("@")
     if scheme not in {"mongodb", "mongodb+srv"} or not hosts or "@" in credentials or rest.count("@") > 1:
         raise ValidationError("not a MongoDB URL")
+
+
+def _check_broker_url(url: str) -> None:
+    scheme, separator, rest = url.partition("://")
+    if not separator or not re.fullmatch(r"[a-z][a-z0-9+.-]{0,30}", scheme) or url != url.strip():
+        raise ValidationError("not a broker URL")
+    if scheme not in {"amqp", "amqps"}:
+        return  # the broker of that scheme knows what follows
+    try:
+        parts = urlsplit(url)
+        valid = bool(parts.hostname) and parts.port != 0 and rest.count("@") <= 1
+    except ValueError:
+        valid = False
+    if not valid:
+        raise ValidationError("not an AMQP URL")
 
 
 def _check_origin(origin: str) -> bool:
@@ -229,6 +250,32 @@ class Settings:
     scheduler: bool = _switch(
         "Make the jobs that are due by their schedules; any number of workers may do so.", default=True
     )
+    ingest: bool = _switch(
+        "Make jobs of the messages in the inbox and at the broker; any number of workers may do so.",
+        default=True,
+    )
+    broker_url: str | None = _setting(
+        None,
+        fields.String(validate=_check_broker_url),
+        "amqp://USER:PASSWORD@HOST[:PORT]/VHOST, amqps://..., or the scheme of an installed broker; `@`, `:` "
+        "and `/` of a password percent-escaped",
+        "Message broker to take jobs from, beside the built-in inbox. Unset: none.",
+        secret=True,
+    )
+    broker_prefetch: int = _count(
+        50, "Messages that a worker takes from one queue before the first is settled.", most=1000
+    )
+    broker_patience: float = _seconds(
+        30.0, "How long a message waits for a worker that publishes its job, before it is a dead letter."
+    )
+    broker_user: str | None = _setting(
+        None,
+        fields.String(validate=validate.Length(1, 100)),
+        "name of a user",
+        "User whose rights all messages have, whatever they say. Unset: every job of the queue's namespace.",
+    )
+    broker_require_id: bool = _switch("Refuse messages without an id: without one a redelivery is a new job.")
+    broker_any_namespace: bool = _switch("Let a message name another namespace than that of its queue.")
     heartbeat: float = _seconds(5.0, "How often a worker shows that it is alive.", most=3600)
     dead_after: float = _seconds(
         30.0, "Silence after which a worker is declared dead and its jobs are rescued."

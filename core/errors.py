@@ -3,6 +3,8 @@
 Core4Error
 ├── ConfigError                 a setting is wrong (exit code 2)
 ├── BadRequest                  400
+│   ├── InvalidJson
+│   └── BadMessage
 ├── Unauthenticated             401
 ├── Forbidden                   403
 ├── NotFound                    404
@@ -16,6 +18,7 @@ Core4Error
 ├── KeyReused                   422
 ├── TooManyRequests             429
 ├── Unavailable                 503
+├── BrokerLost                  the connection to a message broker ended
 ├── LeaseLost                   a worker no longer holds the job
 ├── EnqueueRefused              a running job asked for one that cannot be enqueued
 ├── UsageError                  a job's author assigns what is read-only
@@ -63,6 +66,18 @@ class BadRequest(Core4Error):
     """The request cannot be understood."""
 
     status, code = 400, "bad_request"
+
+
+class InvalidJson(BadRequest):
+    """A message is no JSON object."""
+
+    code = "invalid_json"
+
+
+class BadMessage(BadRequest):
+    """A message lacks something, or says it in a wrong type."""
+
+    code = "bad_message"
 
 
 class Unauthenticated(Core4Error):
@@ -166,6 +181,12 @@ class Unavailable(Core4Error):
     """The database does not answer; try again."""
 
     status, code = 503, "unavailable"
+
+
+class BrokerLost(Core4Error):
+    """The message broker does not answer, or has ended the connection."""
+
+    status, code = 503, "broker_lost"
 
 
 class LeaseLost(Core4Error):

@@ -28,6 +28,7 @@ RESULT_WAIT = 50  # seconds that a request may wait for a result: less than clie
 OPEN = (Status.QUEUED, Status.RUNNING, *sorted(IDLE), State.RUNNING)
 SCOPES = ("everything", "namespace", "job", "project", "worker")  # what can be paused
 ACTIONS = ("kill", "restart", "remove")  # what can be done to many jobs
+REQUEST_ID = 255  # characters of a request id
 DEPTH = 32  # levels of lists and objects in arguments
 _INT64 = 2**63
 _PAGE_LIMIT = 2**31
@@ -178,6 +179,11 @@ def _action(value: str) -> None:
         raise ValidationError(f"parameter [action] expected one of {', '.join(ACTIONS)}")
 
 
+def _request_id(value: str) -> None:
+    if not 0 < len(value) <= REQUEST_ID or not value.isprintable():
+        raise ValidationError(f"parameter [request_id] expected 1 to {REQUEST_ID} printable characters")
+
+
 def _scope(value: str) -> None:
     if value not in SCOPES:
         raise ValidationError(f"parameter [scope] expected one of {', '.join(SCOPES)}")
@@ -265,6 +271,21 @@ class EnqueueArguments(Arguments):
     namespace = Text(validate=_namespace)
 
     # marshmallow's own way to add the rows of a table to the fields written above.
+    class Meta(Arguments.Meta):
+        include: ClassVar[dict[str, fields.Field[Any]]] = {
+            name: OptionValue(allow_none=option.check(None)) for name, option in OPTIONS.items()
+        }
+
+
+class MessageArguments(Arguments):
+    """What a message of a broker asks for; the options of the job stand beside the rest."""
+
+    name = _required(Text, validate=_name)
+    namespace = Text(validate=_namespace)
+    args = List(load_default=list)
+    kwargs = Dict(load_default=dict)
+    request_id = Text(validate=_request_id)
+
     class Meta(Arguments.Meta):
         include: ClassVar[dict[str, fields.Field[Any]]] = {
             name: OptionValue(allow_none=option.check(None)) for name, option in OPTIONS.items()

@@ -10,6 +10,7 @@ import os
 import uuid
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -21,6 +22,9 @@ from core4.logs import LogStore
 from core4.queues import JobQueue
 from core4.registry import WorkerRegistry
 from tests.helpers import FAST, Stack, running_stack
+
+if TYPE_CHECKING:
+    from tests.rabbit import Rabbit
 
 
 @pytest.fixture(autouse=True)
@@ -92,6 +96,19 @@ async def registry(database: Database) -> WorkerRegistry:
 def catalogue(database: Database) -> Catalogue:
     """The catalogue of the test's database."""
     return Catalogue(database)
+
+
+@pytest.fixture(scope="session")
+def rabbit(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rabbit]:
+    """A RabbitMQ of this session's own."""
+    from tests.rabbit import Rabbit  # only where it is used: its client takes a moment to load
+
+    rabbit = Rabbit(tmp_path_factory.mktemp("rabbit"))
+    try:
+        rabbit.start()
+        yield rabbit
+    finally:
+        rabbit.stop()
 
 
 @pytest.fixture

@@ -36,6 +36,7 @@ from core4.worker import linux
 from core4.worker.executor import Execution
 from core4.worker.gate import Gate
 from core4.worker.handle import Launcher, LauncherDied, Loaded, load_all
+from core4.worker.ingest import Ingest
 from core4.worker.scheduler import Scheduler
 
 log = logging.getLogger(__name__)
@@ -68,6 +69,7 @@ class Worker:
         self._controls = Controls()
         self._halted = asyncio.Event()
         self._scheduler = Scheduler.of_worker(database, settings, self._queue, lambda: self._controls)
+        self._ingest = Ingest(database, settings, self._queue)
         self._feed = ChangeFeed(database, [QUEUE, SCHEDULE, CONTROL])
         self._database = database
         self._started_at: datetime | None = None  # by the database's clock
@@ -132,6 +134,8 @@ class Worker:
         ]
         if self._settings.scheduler:
             parts.append(self._scheduler.run(self._closing))
+        if self._settings.ingest:
+            parts.append(self._ingest.run(self._closing))
         return [*parts, self._reload()] if self._settings.reload else parts
 
     def _part(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
@@ -151,7 +155,7 @@ class Worker:
 
     async def _begin(self, stop: asyncio.Event) -> bool:
         """Load, publish, register; False if the worker is stopped before."""
-        stores = (self._queue, self._logs, self._registry, self._control_store)
+        stores = (self._queue, self._logs, self._registry, self._control_store, self._ingest)
         prepare = [store.prepare for store in stores]
         beginning = asyncio.ensure_future(self._load_and_announce(prepare))
         await _first(stop.wait(), beginning)

@@ -104,6 +104,7 @@ def test_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
         assert stack.job(job_id)["state"] in ("pending", "running")
 
 
+@pytest.mark.row("F14")
 def test_kill_9_leaves_nothing_and_loses_nothing(tmp_path: Path) -> None:
     """All children die with `core4 up`, job processes too; the next start has the data and runs on."""
     with running_stack(tmp_path) as stack:

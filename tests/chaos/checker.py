@@ -7,7 +7,7 @@ C2   no job that nobody asked for                        C9   one job per fire o
 C3   what came of an unknown answer was really asked     C11  only legal moves, a final state is never left
 C4   one document, one outcome, by the holder            C12  a follower sees all, once, in order, one end
 C5   who has lost the lease writes nothing               C13  an acknowledged kill or remove holds
-C6   no execution too many, none at the same time
+C6   no execution too many, none at the same time        C10  one job per confirmed message
 """
 
 from __future__ import annotations
@@ -101,8 +101,11 @@ def c1_lost(case: Case) -> Found:
             yield each.result, f"{each.op} of {each.target} was acknowledged, the job is nowhere"
 
 
+ASKING = ("enqueue", "message")  # what a client may have to do with a job of its key
+
+
 def c2_unexpected(case: Case) -> Found:
-    asked = Counter(each.target for each in case.evidence.operations if each.op == "enqueue")
+    asked = Counter(each.target for each in case.evidence.operations if each.op in ASKING)
     acknowledged = {each.result for each in case.operations("enqueue", "restart")}
     for job, document in case.documents.items():
         yield from _unnamed(case, job, document)
@@ -264,6 +267,17 @@ def c9_fires(case: Case) -> Found:
             yield job, f"schedule {document['schedule_id']} was not due then, or fired twice"
 
 
+def c10_messages(case: Case) -> Found:
+    """However often a message was sent, delivered or read: its id is that of one job."""
+    made = defaultdict(list)
+    for job, document in case.documents.items():
+        made[document.get("request_id")].append(job)
+    for message in sorted({str(each.result) for each in case.operations("message")}):
+        jobs = made[message]
+        if len(jobs) != 1:
+            yield jobs[0] if jobs else message, f"the confirmed message {message} made {len(jobs)} jobs"
+
+
 def c11_moves(case: Case) -> Found:
     for job, document in case.documents.items():
         revs = [entry["rev"] for entry in document["history"]]
@@ -360,6 +374,7 @@ CHECKS: Mapping[str, Callable[[Case], Found]] = {
     "C6": c6_executions,
     "C7": c7_drained,
     "C9": c9_fires,
+    "C10": c10_messages,
     "C11": c11_moves,
     "C12": c12_followers,
     "C13": c13_control,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import socket
 import uuid
@@ -20,6 +21,7 @@ from core4.config import Settings
 from core4.controls import Controls, ControlStore
 from core4.database import Database
 from core4.errors import Core4Error, Unavailable
+from core4.inbox import Inbox
 from core4.jobs import Job, JobOrder, Owner, derived_id, utcnow
 from core4.logs import LogStore
 from core4.queues import JobQueue
@@ -65,7 +67,7 @@ class Actor:
 
     async def prepare(self) -> None:
         """Make the indexes of all stores."""
-        for store in (self.queue, self.logs, self.registry, self.users, self.controls):
+        for store in (self.queue, self.logs, self.registry, self.users, self.controls, Inbox(self.database)):
             await store.prepare()
 
     async def register(self) -> None:
@@ -101,6 +103,18 @@ class Actor:
         if job is None:
             raise Unavailable("not enqueued")
         return job
+
+    async def send(self, key: str, message_id: str) -> None:
+        """Put a message into the inbox, and note whether that was confirmed."""
+        # All of it is due at once, as with `OPTIONS`.
+        body = json.dumps({"name": NAME, "kwargs": {"key": key}, **OPTIONS}).encode()
+        inbox = Inbox(self.database)
+        await self._ask(
+            "message",
+            key,
+            lambda: inbox.send("DEFAULT", body, message_id=message_id),
+            result=lambda _: message_id,
+        )
 
     async def kill(self, job_id: ObjectId) -> Job | None:
         """Kill, and note what it was told."""

@@ -5,6 +5,7 @@ Together they make every write there is; a store write that none of them makes f
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -16,11 +17,14 @@ from pymongo.errors import PyMongoError
 
 from core4.doctor import Doctor
 from core4.errors import Conflict, NotFound, ResultGone
+from core4.inbox import Inbox
 from core4.jobs import Job, utcnow
 from core4.logs import Line
 from core4.queues import JOURNAL, QUEUE
 from core4.states import State
+from core4.worker.ingest import Ingest
 from tests.chaos.client import NAME, Actor
+from tests.chaos.recovery import dumped, recover
 
 Step = Callable[[Actor], Awaitable[Any]]
 
@@ -553,3 +557,44 @@ scenario("doctor-makes-the-child", heal, without_child, proof=is_sound, repeat=T
 scenario("doctor-drops-a-leftover", heal, late_twin, proof=is_sound, repeat=True)
 scenario("doctor-forgets-lines", heal, ghostly, proof=is_sound, repeat=True)
 scenario("rescue-of-nobodys", rescue, after(started(), due_at_once(lease=None)))
+
+
+# ---------------------------------------------------------------------- messages
+
+
+async def send(actor: Actor) -> None:
+    await actor.send("k1", "m1")
+
+
+async def send_malformed(actor: Actor) -> None:
+    await Inbox(actor.database).send("DEFAULT", b"{", message_id="m2")
+
+
+async def ingest(actor: Actor) -> None:
+    """Take messages until none waits, as any worker does."""
+    inbox, stop = Inbox(actor.database), asyncio.Event()
+    work = asyncio.create_task(Ingest(actor.database, actor.settings, actor.queue).run(stop))
+    async with asyncio.timeout(30):
+        while await inbox.waiting("DEFAULT"):
+            await asyncio.sleep(0.01)
+    stop.set()
+    await work
+
+
+async def one_job_of_it(actor: Actor) -> None:
+    await ingest(actor)
+    await recover(actor)
+    found = await dumped(actor.database)
+    rows = [*found["queue"], *found["journal"]]
+    assert {row["request_id"] for row in rows} == {"m1"}
+    assert len({row["_id"] for row in rows}) == 1
+
+
+async def one_dead_letter(actor: Actor) -> None:
+    await ingest(actor)
+    assert [row["dead"]["reason"] for row in await Inbox(actor.database).dead("DEFAULT")] == ["invalid_json"]
+
+
+scenario("message-send", send, publish, proof=one_job_of_it, repeat=True)
+scenario("message-take", ingest, after(publish, send), proof=one_job_of_it, repeat=True)
+scenario("message-bury", ingest, send_malformed, proof=one_dead_letter, repeat=True)

@@ -94,6 +94,16 @@ def test_clean_evidence_passes() -> None:
     assert verdict.figures["leases"] == 2
 
 
+def test_one_job_of_a_message_sent_twice_passes() -> None:
+    assert check(
+        replace(
+            CLEAN,
+            operations=(MESSAGE, asked("message", "k1", "info"), *CLEAN.operations[1:]),
+            journal=(document(request_id="m1"),),
+        )
+    ).ok
+
+
 def test_more_clean_evidence_passes() -> None:
     """An unknown enqueue that came out, a killed job, a removed one, a restarted one and its child."""
     parent = document(history=(*HISTORY[:4], entry(8, "error", "lease-2")), restarts=1)
@@ -140,6 +150,9 @@ def with_notes(*notes: Note) -> Evidence:
 
 
 E1, E2, E3, E4, E5 = HISTORY
+MESSAGE = asked("message", "k1", result="m1")
+
+
 BROKEN: Mapping[str, tuple[str, Callable[[], Evidence]]] = {
     "lost": ("C1", lambda: replace(CLEAN, journal=(), ledger=(), followers=())),
     "lost-child": ("C1", lambda: with_operations(asked("restart", JOB, result=CHILD))),
@@ -195,6 +208,13 @@ BROKEN: Mapping[str, tuple[str, Callable[[], Evidence]]] = {
     "outbox-left": ("C7", lambda: replace(CLEAN, journal=(document(outbox=[1]),))),
     "missed-fire": ("C9", lambda: replace(CLEAN, fires=frozenset({"f" * 24}))),
     "double-fire": ("C9", lambda: replace(CLEAN, fires=frozenset(), journal=(document(schedule_id="s"),))),
+    "message-lost": ("C10", lambda: with_operations(MESSAGE)),
+    "message-doubled": (
+        "C10",
+        lambda: with_operations(
+            MESSAGE, journal=(document(request_id="m1"), document("b" * 24, request_id="m1"))
+        ),
+    ),
     "left-a-final-state": (
         "C11",
         lambda: with_history(*HISTORY, entry(9, "running", "lease-3"), entry(11, "complete", "lease-3")),

@@ -22,11 +22,11 @@ LAYERS = (
     (
         "words",
         "errors states options jobs results retries transitions schemas permissions filters signatures cron "
-        "timetable orders sanity findings",
+        "timetable orders sanity findings messages",
     ),
     ("ground", "config faults database changes service embedded identifiers"),
-    ("stores", "controls queues bulk catalogue registry logs users schedules doctor"),
-    ("authors", "tasks context attempts discovery testing examples"),
+    ("stores", "controls queues bulk catalogue registry logs users schedules doctor brokers inbox rabbit"),
+    ("authors", "tasks context attempts discovery testing examples producers"),
     ("sides", "api worker"),
     (
         "doors",
