@@ -284,6 +284,13 @@ class Settings:
     poll: float = _seconds(1.0, "How often a worker looks for work when no change was announced.", most=60)
     grace: float = _seconds(10.0, "Time between SIGTERM and SIGKILL when a job is killed.", most=3600)
     drain: float = _seconds(30.0, "Time that running jobs get to end when a worker stops.", least=0)
+    inline_block: float = _seconds(
+        5.0,
+        "Longest time that an inline job may keep the loop it shares to itself, without an `await`; "
+        "then it is ended.",
+        least=0.5,
+        most=3600,
+    )
     kill_wait: float = _seconds(5.0, "How long a kill request waits for the outcome.", least=0, most=300)
     log_flush: float = _seconds(0.5, "Longest time a job's log line waits before it is stored.", most=60)
     log_cap: int = _size(

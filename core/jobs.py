@@ -183,6 +183,11 @@ class Job:
         """Who enqueued the job."""
         return str(self.document["enqueued"].get("username") or "")
 
+    @property
+    def evicted(self) -> int:
+        """How often the host it ran on inline ended, and not by its doing."""
+        return int(self.document.get("evicted", 0))
+
     def slots(self) -> list[str]:
         """The slots of which the job needs one to run; none for a job without `max_running`."""
         limit, key = self.document.get("max_running"), self.document.get("slot_key")

@@ -423,13 +423,17 @@ class JobQueue:
         await self._try_settle(after)
         return after
 
-    async def release(self, job: Job, *, reason: str, delay: float = 0.0) -> Job:
+    async def release(self, job: Job, *, reason: str, delay: float = 0.0, evicted: int = 0) -> Job:
         """Put a held job back in line, uncharged, due after `delay` seconds.
+
+        `evicted` counts the hosts of inline jobs that it lost through no fault of its own.
 
         Raises: LeaseLost.
         """
         lease = transitions.lease_of(job)
-        after = await self._held(job, lease, lambda seen: transitions.release(seen, lease, reason, delay))
+        after = await self._held(
+            job, lease, lambda seen: transitions.release(seen, lease, reason, delay, evicted)
+        )
         await self._try_settle(after)
         return after
 

@@ -35,14 +35,14 @@ class Outcome:
         return cls("failed", exception=exception, traceback=traceback, error_cat=error_cat)
 
     @classmethod
-    def crashed(cls, reason: str) -> Outcome:
+    def crashed(cls, reason: str, traceback: list[str] | None = None) -> Outcome:
         """The job's process ended by itself without a result."""
-        return cls("failed", exception=reason, error_cat="CRASH")
+        return cls("failed", exception=reason, traceback=traceback, error_cat="CRASH")
 
     @classmethod
-    def timed_out(cls, reason: str) -> Outcome:
+    def timed_out(cls, reason: str, traceback: list[str] | None = None) -> Outcome:
         """The worker ended the attempt because it took too long."""
-        return cls("failed", exception=reason, error_cat="TIMEOUT")
+        return cls("failed", exception=reason, traceback=traceback, error_cat="TIMEOUT")
 
     @classmethod
     def deferred(cls, message: str) -> Outcome:

@@ -249,15 +249,18 @@ def back_in_line(seen: Job, move: str, reason: str, *, query_at: datetime | None
     return Change(move, fields, unset=HOLD, entry=note)
 
 
-def release(seen: Job, lease: Lease, reason: str, delay: float) -> Change:
-    """The holder gives the job back, uncharged."""
+def release(seen: Job, lease: Lease, reason: str, delay: float, evicted: int = 0) -> Change:
+    """The holder gives the job back, uncharged; `evicted` is added to its count of lost hosts."""
     require(seen, lease)
     if seen.killed_at is not None:
         return _with_log(killed(seen, "release", by=None, lease=lease.id), _last_seq(seen))
     query_at = utcnow() + timedelta(seconds=delay) if delay > 0 else None
     change = back_in_line(seen, "release", reason, query_at=query_at)
     # A release before the start is the worker's doing, not a claim that went wrong.
-    return replace(change, set={**change.set, "claims": max(seen.claims - 1, 0)})
+    fields: dict[str, Any] = {"claims": max(seen.claims - 1, 0)}
+    if evicted:
+        fields["evicted"] = seen.evicted + evicted
+    return replace(change, set={**change.set, **fields})
 
 
 def take_slot(seen: Job, lease: Lease, slot: str) -> Change:

@@ -36,6 +36,7 @@ from core4.worker import linux
 from core4.worker.executor import Execution
 from core4.worker.gate import Gate
 from core4.worker.handle import Launcher, LauncherDied, Loaded, load_all
+from core4.worker.host import Hosts
 from core4.worker.ingest import Ingest
 from core4.worker.scheduler import Scheduler
 
@@ -61,6 +62,7 @@ class Worker:
 
     def __init__(self, database: Database, settings: Settings, launcher: Launcher) -> None:
         self._settings, self._launcher = settings, launcher
+        self._hosts: Hosts  # made by `run`: what they say is about this worker
         self._queue = JobQueue(database, settings)
         self._logs = LogStore(database)
         self._catalogue = Catalogue(database)
@@ -99,6 +101,7 @@ class Worker:
         Raises: whatever a part of the worker failed with; its jobs are given back before that.
         """
         identifiers.bind(self._identity)
+        self._hosts = Hosts(self._settings)
         self._failure = asyncio.get_running_loop().create_future()
         unlisten = self._feed.listen(self._on_change)
         parts: list[asyncio.Task[None]] = []
@@ -117,6 +120,7 @@ class Worker:
                 part.cancel()
             await asyncio.gather(*parts, return_exceptions=True)
             await self._leave()
+            await self._hosts.close()
             self._launcher.close()
         if self._failure.done():
             self._failure.result()
@@ -482,6 +486,7 @@ class Worker:
             logs=self._logs,
             catalogue=self._catalogue,
             launcher=self._launcher,
+            hosts=self._hosts,
             settings=self._settings,
             hostname=self._hostname,
         )
@@ -566,6 +571,7 @@ class Worker:
         """From now on jobs come from this launcher; what runs goes on."""
         if launcher is not self._launcher:
             self._launcher.close()
+            self._hosts.retire()
         self._launcher, self._loaded = launcher, loaded
         self._foreign.clear()
         self._launchable.set()

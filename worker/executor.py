@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import signal
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
@@ -27,6 +26,7 @@ from core4.states import Flag, State
 from core4.worker import protocol
 from core4.worker.children import Children
 from core4.worker.handle import Exit, JobProcess, Launcher, LauncherDied
+from core4.worker.host import MOST_EVICTIONS, Evicted, Hosts, InlineJob
 from core4.worker.limits import Limits
 from core4.worker.output import JobLog, Splitter
 from core4.worker.protocol import Message, ProtocolError
@@ -46,6 +46,7 @@ _FLAGGED: Mapping[Flag, str] = {  # core4's words
 
 T = TypeVar("T")
 Why = Literal["kill", "limit", "drain", "lost"]
+Running = JobProcess | InlineJob
 
 
 class Execution:
@@ -60,13 +61,14 @@ class Execution:
         logs: LogStore,
         catalogue: Catalogue,
         launcher: Launcher,
+        hosts: Hosts,
         settings: Settings,
         hostname: str,
     ) -> None:
         assert job.lease is not None
         self.job, self.lease_id = job, job.lease.id
         self.keeper: int | None = None  # the process below which all of the job's are, while there are any
-        self._entry, self._launcher = entry, launcher
+        self._entry, self._launcher, self._hosts = entry, launcher, hosts
         self._queue, self._logs, self._settings, self._hostname = queue, logs, settings, hostname
         self._children = Children(job, queue, catalogue, args_cap=settings.args_cap, hostname=hostname)
         self._ended: Message | None = None  # the frame with the job's own end
@@ -74,6 +76,8 @@ class Execution:
         self._why: Why | None = None
         self._limits = Limits(job, self._exceed)
         self._exceeded: Outcome | None = None
+        self._evicted: Evicted | None = None
+        self._splitters = {"stdout": Splitter(), "stderr": Splitter()}
         self._kill_asked = False
         self._grace = settings.grace
         self._stopping, self._lost = asyncio.Event(), asyncio.Event()
@@ -132,7 +136,7 @@ class Execution:
 
     async def _run(self) -> None:
         try:
-            process = await self._launcher.start(fresh=self._entry["fresh"])
+            process = await self._begin()
         except (LauncherDied, OSError) as error:
             await self._release(f"no process for it: {error}", delay=1.0)
             return
@@ -148,7 +152,22 @@ class Execution:
         finally:
             process.close()
 
-    async def _attend(self, process: JobProcess) -> None:
+    async def _begin(self) -> Running:
+        """A place for the job, which waits there for its order.
+
+        Raises: LauncherDied, OSError.
+        """
+        if self._is_inline():
+            return await self._hosts.start(self._launcher, str(self.job.id))
+        return await self._launcher.start(fresh=self._entry["fresh"])
+
+    def _is_inline(self) -> bool:
+        if self._entry["runs"] != "inline" or self._entry["fresh"]:
+            return False  # what must not be imported in the launcher cannot be in a host
+        # An old order may have a limit that inline jobs cannot have any more.
+        return self.job.evicted < MOST_EVICTIONS and self.job.memory_limit is None
+
+    async def _attend(self, process: Running) -> None:
         started = time.monotonic()
         self.keeper = process.keeper
         self._limits.begin()
@@ -167,8 +186,8 @@ class Execution:
             writer.cancel()
         await self._record(outcome, joblog.last_seq)
 
-    async def _watch(self, process: JobProcess, joblog: JobLog) -> Exit | None:
-        """Follow the process until nothing of it is left."""
+    async def _watch(self, process: Running, joblog: JobLog) -> Exit | Evicted | None:
+        """Follow the job until nothing of it is left."""
         readers = [
             asyncio.create_task(self._read_frames(process, joblog)),
             asyncio.create_task(self._read_output(process.stdout, "stdout", joblog)),
@@ -185,6 +204,7 @@ class Execution:
             how = await process.wait()
             if not self._lost.is_set():
                 await asyncio.wait(readers, timeout=PIPE_PATIENCE)
+                self._end_output(joblog)
             return how
         finally:
             for task in (*readers, *helpers):
@@ -205,11 +225,12 @@ class Execution:
             },
             "entry": {name: self._entry[name] for name in ("target", "module", "qualname")},
             "result_limit": self._settings.result_cap,
+            "log_limit": self._settings.log_cap,
         }
 
     # ------------------------------------------------------------------ while it runs
 
-    async def _read_frames(self, process: JobProcess, joblog: JobLog) -> None:
+    async def _read_frames(self, process: Running, joblog: JobLog) -> None:
         limit = self._settings.result_cap + _FRAME_MARGIN
         try:
             while (message := await protocol.read(process.channel, limit)) is not None:
@@ -242,6 +263,9 @@ class Execution:
         try:
             if "log" in message:
                 _write_record(joblog, message["log"])
+            elif "output" in message:
+                source, text = message["output"]["source"], message["output"]["text"]
+                self._hear(source, text.encode("utf-8", "backslashreplace"), joblog)
             elif "progress" in message:
                 value, text = float(message["progress"]["value"]), str(message["progress"]["message"])
                 # In this order a NaN becomes 0.
@@ -255,17 +279,22 @@ class Execution:
             raise ProtocolError(f"a frame of the job makes no sense: {error!r:.200}") from None
 
     async def _read_output(self, source: asyncio.StreamReader, name: str, joblog: JobLog) -> None:
-        splitter = Splitter()
         while data := await source.read(_CHUNK):
-            if joblog.cut:
-                continue  # read, so that the job goes on; a flood must not keep the worker from its heartbeat
-            for line in splitter.feed(data):
-                joblog.write_output("INFO", line, source=name)
+            self._hear(name, data, joblog)
             await joblog.room()
-        for line in splitter.end():
+
+    def _hear(self, name: str, data: bytes, joblog: JobLog) -> None:
+        if joblog.cut:
+            return  # read, so that the job goes on; a flood must not keep the worker from its heartbeat
+        for line in self._splitters[name].feed(data):
             joblog.write_output("INFO", line, source=name)
 
-    async def _end_early(self, process: JobProcess) -> None:
+    def _end_output(self, joblog: JobLog) -> None:
+        for name, splitter in self._splitters.items():
+            for line in splitter.end():
+                joblog.write_output("INFO", line, source=name)
+
+    async def _end_early(self, process: Running) -> None:
         """The ladder: TERM, grace, KILL; a lost lease has no time for that, nor has a machine for memory."""
         await self._stopping.wait()
         if self._grace > 0:
@@ -273,7 +302,7 @@ class Execution:
             await _either(self._lost, self._grace)
         process.kill()
 
-    async def _end_late(self, process: JobProcess) -> None:
+    async def _end_late(self, process: Running) -> None:
         """A process that has reported its end has to go."""
         await self._reported.wait()
         await asyncio.sleep(self._settings.grace)
@@ -311,7 +340,7 @@ class Execution:
 
     # ------------------------------------------------------------------ the end
 
-    def _outcome(self, how: Exit | None) -> Outcome | None:
+    def _outcome(self, how: Exit | Evicted | None) -> Outcome | None:
         """What the attempt came to; None if it does not count and the job goes back in line."""
         if self._exceeded is not None:
             return self._exceeded
@@ -326,11 +355,19 @@ class Execution:
             return None
         if "failed" in ended:
             return Outcome.failed(ended["failed"]["message"], ended["failed"]["traceback"])
-        return Outcome.crashed(self._broken or _described(how))
+        if self._broken is not None:
+            return Outcome.crashed(self._broken)
+        if isinstance(how, Evicted):
+            self._evicted = how
+            return None
+        if how is None:
+            return Outcome.crashed("the job process and its keeper were lost")
+        make = Outcome.timed_out if how.category == "TIMEOUT" else Outcome.crashed
+        return make(how.described(), list(how.trace) or None)
 
     def _write_end(self, joblog: JobLog, outcome: Outcome | None, seconds: float) -> None:
         if outcome is None:
-            joblog.write("WARNING", f"execution given up after [{seconds:.1f}] sec.: the worker stops")
+            joblog.write("WARNING", f"execution given up after [{seconds:.1f}] sec.: {self._why_released()}")
             return
         seen = replace(self.job, killed_at=utcnow()) if self._kill_asked else self.job
         state = decide(seen, outcome, utcnow()).state
@@ -344,12 +381,23 @@ class Execution:
 
     async def _record(self, outcome: Outcome | None, log_seq: int) -> None:
         if outcome is None:
-            await self._release("the worker stops")
+            await self._release(self._why_released(), evicted=self._evictions())
         else:
             await self._persist(lambda: self._queue.finish(self.job, outcome, log_seq=log_seq))
 
-    async def _release(self, reason: str, *, delay: float = 0.0) -> None:
-        await self._persist(lambda: self._queue.release(self.job, reason=reason, delay=delay))
+    def _why_released(self) -> str:
+        return self._evicted.reason if self._evicted else "the worker stops"
+
+    def _evictions(self) -> int:
+        """What is added to the job's count: who is suspected runs alone at once."""
+        if self._evicted is None:
+            return 0
+        return MOST_EVICTIONS if self._evicted.suspected else 1
+
+    async def _release(self, reason: str, *, delay: float = 0.0, evicted: int = 0) -> None:
+        await self._persist(
+            lambda: self._queue.release(self.job, reason=reason, delay=delay, evicted=evicted)
+        )
 
     async def _persist(self, write: Callable[[], Awaitable[T]]) -> T:
         """Repeat a write that is safe to repeat until it is done or the lease is lost.
@@ -392,21 +440,6 @@ def _checked_end(message: Message) -> Message:
     kind = "deferred" if "deferred" in message else "failed"
     end = message[kind]
     return {kind: {"message": str(end["message"]), "traceback": [str(line) for line in end["traceback"]]}}
-
-
-def _described(how: Exit | None) -> str:
-    if how is None:
-        return "the job process and its keeper were lost"
-    if how.signal is not None:
-        return f"the job process was ended by signal {how.signal} ({_signal_name(how.signal)})"
-    return f"the job process ended with exit code {how.code} before it returned a result"
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return "a real-time signal"
 
 
 async def _either(event: asyncio.Event, seconds: float) -> bool:

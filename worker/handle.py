@@ -12,7 +12,7 @@ import subprocess
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from core4.config import PREFIX, Settings
 from core4.discovery import Problem, without_clashes
@@ -67,11 +67,32 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Exit:
-    """How a job process ended: by exit code or signal; `maxrss` in KiB."""
+    """How a job process ended: by exit code or signal; `maxrss` in KiB.
+
+    Of inline jobs more may be known: `why` in words, what that counts as, and where in the code it was.
+    """
 
     code: int | None
     signal: int | None
     maxrss: int
+    why: str | None = None
+    category: Literal["CRASH", "TIMEOUT"] = "CRASH"
+    trace: Sequence[str] = ()
+
+    def described(self, who: str = "the job process") -> str:
+        """The end in words."""
+        if self.why is not None:
+            return self.why
+        if self.signal is not None:
+            return f"{who} was ended by signal {self.signal} ({_signal_name(self.signal)})"
+        return f"{who} ended with exit code {self.code} before it returned a result"
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return "a real-time signal"
 
 
 class JobProcess:
@@ -103,6 +124,10 @@ class JobProcess:
             await self._to_job.drain()
         except ConnectionError:
             return  # it died first; its keeper reports that
+
+    def files_link(self) -> socket.socket:
+        """The job's channel once more, as a socket through which files can be sent."""
+        return self._to_job.get_extra_info("socket").dup()  # type: ignore[no-any-return]
 
     def terminate(self) -> None:
         """SIGTERM for the job and all its descendants."""
@@ -185,14 +210,14 @@ class Launcher:
                 loaded.append(_target(message["target"]))
         raise LauncherDied("the launcher ended while it loaded jobs", target=loading)
 
-    async def start(self, *, fresh: bool) -> JobProcess:
-        """Start a job process, which waits for its order.
+    async def start(self, *, fresh: bool = False, inline: bool = False) -> JobProcess:
+        """Start a job process, which waits for its order; with `inline` a host of many.
 
         Raises: LauncherDied; OSError if this process has no files left.
         """
         files = _Files.make()
         try:
-            await self._send({"op": "start", "fresh": fresh}, files.theirs)
+            await self._send({"op": "start", "fresh": fresh, "inline": inline}, files.theirs)
         except BaseException:
             files.close_mine()
             raise

@@ -6,7 +6,8 @@ what is forked from it is fast and holds no credentials. Imports neither asyncio
 ``python -m core4.worker.launcher FD`` where FD is a Unix stream socket to the worker.
 
 in:   {"op": "load", "targets": [...], "fresh": [...]}   import them; those in `fresh` in a probe only
-      {"op": "start", "fresh": bool} with four file descriptors: channel, stdout, stderr, control
+      {"op": "start", "fresh": bool, "inline": bool} with four file descriptors: channel, stdout, stderr,
+      control
 out:  {"loading": target} and {"target": {...}} for each, then {"loaded": n}; nothing for a start, whose
       keeper speaks for itself. The end of the socket ends the launcher; running jobs go on.
 """
@@ -23,6 +24,7 @@ import sys
 import sysconfig
 import time
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
@@ -77,7 +79,7 @@ class Launcher:
         if message["op"] == "load":
             self._load(message["targets"], set(message["fresh"]))
         else:
-            self._start(fresh=message["fresh"])
+            self._start(_host if message["inline"] else _execute if message["fresh"] else process.run)
 
     def _send(self, message: Message) -> None:
         self._link.sendall(protocol.encode(message))
@@ -149,7 +151,7 @@ class Launcher:
 
     # ------------------------------------------------------------------ jobs
 
-    def _start(self, *, fresh: bool) -> None:
+    def _start(self, run: Callable[[], None]) -> None:
         if len(self._received) < _FILES:
             raise protocol.ProtocolError("a start came without its files")
         channel, out, err, control = (self._received.popleft() for _ in range(_FILES))
@@ -161,19 +163,19 @@ class Launcher:
             pid = -1
         else:
             if pid == 0:
-                self._become_keeper((channel, out, err), control, fresh=fresh)
+                self._become_keeper((channel, out, err), control, run)
             os.close(control)
             self._keepers.add(pid)
         # At once: a later job must not hold the pipes of this one open.
         for fd in (channel, out, err):
             os.close(fd)
 
-    def _become_keeper(self, files: tuple[int, int, int], control: int, *, fresh: bool) -> NoReturn:
+    def _become_keeper(self, files: tuple[int, int, int], control: int, run: Callable[[], None]) -> NoReturn:
         try:
             self._link.close()
             while self._received:  # files of jobs that are not started yet
                 os.close(self._received.popleft())
-            keeper.keep(socket.socket(fileno=control), files, _execute if fresh else process.run)
+            keeper.keep(socket.socket(fileno=control), files, run)
         finally:
             os._exit(1)
 
@@ -200,6 +202,13 @@ class Launcher:
         strays = [one for one in mine if one.pid not in kept]
         linux.send_signal(strays, signal.SIGKILL)
         self._strays = bool(strays)
+
+
+def _host() -> None:
+    """Become the host of inline jobs."""
+    from core4.worker import inline  # asyncio is for the host alone
+
+    inline.run()
 
 
 def _execute() -> None:

@@ -21,7 +21,7 @@ import sys
 import threading
 import traceback
 from collections import deque
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, TextIO
 
 from core4 import discovery
@@ -73,40 +73,53 @@ class Channel:
             self._socket = None
 
 
-class ChannelHandler(logging.Handler):
-    """Sends the records of the job to its worker; those of the job's forked children go to standard error.
+class Records:
+    """The records of one job on their way to its log, through `send`.
 
     What libraries say below INFO is held back, and told once if it comes to the worst: the last of it goes
-    ahead of a CRITICAL record, or of the job's failure.
+    ahead of a CRITICAL record, or of the job's failure. `own` are the loggers of the job itself.
     """
 
-    def __init__(self, channel: Channel, own: Collection[str]) -> None:
-        super().__init__()
-        self._channel = channel
-        self._own = tuple(own)
+    def __init__(self, send: Callable[[Message], None], own: Collection[str]) -> None:
+        self._send = send
+        self.own = own
         self._held: deque[Message] = deque(maxlen=SUPPRESSED)
 
-    def emit(self, record: logging.LogRecord) -> None:
-        try:
-            if not self._channel.attached:
-                if record.levelno >= logging.INFO or self._says_itself(record):
-                    print(f"{record.levelname} {record.getMessage()}", file=sys.stderr)
-            elif record.levelno < logging.INFO and not self._says_itself(record):
-                self._held.append({"log": _packed(record)})
-            else:
-                if record.levelno >= logging.CRITICAL:
-                    self.tell_held()
-                self._channel.send({"log": _packed(record)})
-        except Exception:
-            self.handleError(record)
+    def take(self, record: logging.LogRecord) -> None:
+        """Send a record, or hold it back."""
+        if record.levelno < logging.INFO and not self.says_itself(record):
+            self._held.append({"log": _packed(record)})
+            return
+        if record.levelno >= logging.CRITICAL:
+            self.tell_held()
+        self._send({"log": _packed(record)})
 
     def tell_held(self) -> None:
         """Send what was held back, once."""
         while self._held:
-            self._channel.send(self._held.popleft())
+            self._send(self._held.popleft())
 
-    def _says_itself(self, record: logging.LogRecord) -> bool:
-        return any(record.name == name or record.name.startswith(name + ".") for name in self._own)
+    def says_itself(self, record: logging.LogRecord) -> bool:
+        """True if the record is the job's own and no library's."""
+        return any(record.name == name or record.name.startswith(name + ".") for name in self.own)
+
+
+class ChannelHandler(logging.Handler):
+    """Sends the records of the job to its worker; those of the job's forked children go to standard error."""
+
+    def __init__(self, channel: Channel, own: Collection[str]) -> None:
+        super().__init__()
+        self._channel = channel
+        self.records = Records(channel.send, own)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            if self._channel.attached:
+                self.records.take(record)
+            elif record.levelno >= logging.INFO or self.records.says_itself(record):
+                print(f"{record.levelname} {record.getMessage()}", file=sys.stderr)
+        except Exception:
+            self.handleError(record)
 
 
 def run(fd: int = CHANNEL) -> None:
@@ -118,32 +131,41 @@ def run(fd: int = CHANNEL) -> None:
         return
     sys.excepthook = sys.__excepthook__
     threading.excepthook = threading.__excepthook__
-    _reseed()
+    reseed()
     ended = _attempt(channel, order)
     if ended.kind == "failed":
         _tell_held()
     _flush()
     if channel.attached:
-        channel.send({ended.kind: _report(ended)})
+        channel.send(report_of(ended))
     elif ended.kind == "failed":  # a forked child that came back out of `execute`
         print("".join(ended.traceback) or ended.message, file=sys.stderr)
 
 
 def _attempt(channel: Channel, order: Message) -> Ended:
-    job = order["job"]
-    _log_to(channel, job["name"])
+    name = order["job"]["name"]
+    take_over_logging(ChannelHandler(channel, hear_all_of(name)))
     try:
         found = discovery.locate(order["entry"])
     except BaseException as error:
         return Ended.failed(error, discovery.users_frames(error.__traceback__))
-    _log_to(channel, job["name"], found)  # the import may have set up a logging of its own
+    # Once more: the import may have set up a logging of its own.
+    take_over_logging(ChannelHandler(channel, hear_all_of(name, found)))
+    return perform(found, context_of(order, channel.send, channel.ask), result_limit=order["result_limit"])
+
+
+def context_of(
+    order: Message, send: Callable[[Message], None], ask: Callable[[Message], Message | None]
+) -> JobContext:
+    """The context of the job that the worker orders; `ask` sends a message and waits for its answer."""
+    job = order["job"]
 
     def report(value: float, message: str) -> None:
-        channel.send({"progress": {"value": value, "message": message[:TEXT_LIMIT]}})
+        send({"progress": {"value": value, "message": message[:TEXT_LIMIT]}})
 
     def enqueue(name: str, args: Mapping[str, Any]) -> str:
         try:
-            answer = channel.ask({"enqueue": {"name": name, "args": dict(args)}})
+            answer = ask({"enqueue": {"name": name, "args": dict(args)}})
         except RecursionError:
             raise EnqueueRefused("the arguments are nested too deep", reason="bad_arguments") from None
         if answer is None:
@@ -152,33 +174,38 @@ def _attempt(channel: Channel, order: Message) -> Ended:
             return str(answer["enqueued"])
         raise EnqueueRefused(answer["refused"]["detail"], reason=answer["refused"]["reason"])
 
-    context = JobContext(job["id"], job["name"], job["args"], job["attempt"], job["options"], report, enqueue)
-    return perform(found, context, result_limit=order["result_limit"])
+    return JobContext(job["id"], job["name"], job["args"], job["attempt"], job["options"], report, enqueue)
 
 
-def _report(ended: Ended) -> Message:
+def report_of(ended: Ended) -> Message:
+    """The frame that tells how an attempt ended."""
     if ended.kind == "complete":
-        return {"result": ended.result}
-    return {"message": ended.message, "traceback": list(ended.traceback)}
+        return {"complete": {"result": ended.result}}
+    return {ended.kind: {"message": ended.message, "traceback": list(ended.traceback)}}
 
 
-def _log_to(channel: Channel, name: str, found: Runnable | None = None) -> None:
+def take_over_logging(handler: logging.Handler) -> None:
+    """All records of this process go to `handler`, which decides what matters."""
     root = logging.getLogger()
-    # All that the job says itself, and from the libraries it uses what matters.
+    root.handlers[:] = [handler]
+    root.setLevel(logging.DEBUG)
+    logging.disable(logging.NOTSET)
+
+
+def hear_all_of(name: str, found: Runnable | None = None) -> set[str]:
+    """The loggers through which the job of this name speaks itself, from now on without a level."""
     own = {
         str(each) for each in (name, getattr(found, "qual_name", name), getattr(found, "__module__", name))
     }
-    root.handlers[:] = [ChannelHandler(channel, own)]
-    root.setLevel(logging.DEBUG)
-    logging.disable(logging.NOTSET)
     for each in own:
         logging.getLogger(each).setLevel(logging.DEBUG)
+    return own
 
 
 def _tell_held() -> None:
     for handler in logging.getLogger().handlers:
         if isinstance(handler, ChannelHandler):
-            handler.tell_held()
+            handler.records.tell_held()
 
 
 def _packed(record: logging.LogRecord) -> Message:
@@ -221,7 +248,7 @@ def _flush() -> None:
             continue  # closed by the job
 
 
-def _reseed() -> None:
+def reseed() -> None:
     """No two jobs draw the same numbers, although they are copies of one process."""
     random.seed()
     numpy = sys.modules.get("numpy")

@@ -363,6 +363,15 @@ async def test_release_is_free(queue: JobQueue) -> None:
     assert await queue.claim(owner(), namespaces=NAMESPACES) == []
 
 
+async def test_evictions_are_counted_and_free(queue: JobQueue) -> None:
+    await queue.enqueue(order())
+    for _ in range(2):
+        (job,) = await queue.claim(owner(), namespaces=NAMESPACES)
+        job = await queue.release(await queue.start(job, pid=1), reason="its host ended", evicted=1)
+
+    assert (job.state, job.evicted, job.attempts_left, job.crashes) == (State.PENDING, 2, 1, 0)
+
+
 @pytest.mark.row("S43")
 async def test_kill_of_what_nobody_runs_is_done_at_once(queue: JobQueue) -> None:
     """Pending, failed and deferred jobs end as killed; a second kill changes nothing."""
