@@ -77,9 +77,10 @@ class Follower:
 class Evidence:
     """All that the checker knows.
 
-    ``fires`` are the ids of all cron fires, computed offline, None without schedules. ``pauses`` says that
-    processes were stopped and woken: two executions may overlap then. ``crashed_database`` says that log
-    lines of the last moment may have been shown and lost. ``alive`` are the pids alive at the end.
+    ``fires`` are the ids of all cron fires, computed offline, None without schedules; ``may_fire`` those of
+    instants around the pause of their schedule. ``pauses`` says that processes were stopped and woken: two
+    executions may overlap then. ``crashed_database`` says that log lines of the last moment may have been
+    shown and lost. ``alive`` are the pids alive at the end.
     """
 
     operations: Sequence[Operation] = ()
@@ -90,6 +91,7 @@ class Evidence:
     workers: Sequence[Document] = ()
     followers: Sequence[Follower] = ()
     fires: frozenset[str] | None = None
+    may_fire: frozenset[str] = frozenset()
     pauses: bool = False
     crashed_database: bool = False
     alive: frozenset[int] = field(default_factory=frozenset)

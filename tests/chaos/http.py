@@ -78,7 +78,7 @@ class Client(threading.Thread):
         args = {
             "key": f"k{key}",
             "ledger": self._ledger,
-            "seconds": dice.choice((0.05, 0.1, 0.2, 0.4, 0.4, 2.0)),
+            "seconds": dice.choice((0.0, 0.05, 0.1, 0.2, 0.4, 1.0)),
             "fails": dice.choice((0,) * 8 + (1, 2)),
             "defers": dice.choice((0,) * 12 + (1,)),
         }

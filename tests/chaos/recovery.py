@@ -43,8 +43,8 @@ def _is_at_rest(document: Document) -> bool:
 
 
 async def dumped(database: Database) -> dict[str, list[dict[str, Any]]]:
-    """The four collections that the checker reads."""
-    names = ("queue", "journal", "log", "worker")
+    """The collections that the checker reads."""
+    names = ("queue", "journal", "log", "worker", "schedule")
     found = await asyncio.gather(
         *(database.collection(f"sys.{name}").find({}).to_list(None) for name in names)
     )

@@ -233,7 +233,8 @@ class World:
 
     async def _enqueue(self, actor: Actor, key: str, dice: random.Random) -> bool:
         """Half of the clients ask again until they are answered, under an id that is their own."""
-        once, keep, attempts = dice.random() < 0.7, dice.random() < 0.5, dice.choice((1, 3))
+        once, keep = dice.random() < 0.7, dice.random() < 0.5
+        attempts = 3 if key in self.failing else dice.choice((1, 3))
         for _ in range(5 if once else 1):
             try:
                 job = await actor.enqueue(key, once=once, keep_stopped=keep, attempts=attempts)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import os
+import json
 import random
+import resource
 import signal
 import sys
 import tempfile
@@ -17,25 +18,25 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-
-import psutil
 
 from core4 import faults
 from core4.config import Settings
 from core4.database import Database
-from core4.embedded import EmbeddedServer
 from core4.users import UserStore
 from tests.chaos.checker import Verdict, check
 from tests.chaos.evidence import Follower, History, write_dump
+from tests.chaos.fires import Fires
 from tests.chaos.http import Api, Client, Reader
+from tests.chaos.parts import Part, Server
 from tests.chaos.proxy import Proxy
 from tests.chaos.recovery import dumped, gathered
-from tests.helpers import FAST, ROOT, Command, free_port, marked, program
+from tests.helpers import FAST, ROOT, free_port, marked
 
-WORKERS, APIS, CLIENTS, SLOTS = 3, 2, 12, 4
+WORKERS, APIS, CLIENTS, SLOTS = 3, 2, 12, 6
+SCHEDULERS = 2  # of the workers
 KILL_EVERY, DATABASE_EVERY, PAUSE_EVERY = 2.0, 20.0, 9.0
+MOST_OPEN = 120  # jobs: the clients wait above it, so that they, too, are there for the whole of the run
 CALM_BELOW = 40  # open jobs; the last ones end in peace
 STORM, CALM = 3.0, 7.0  # seconds with and without network faults
 PAUSE = 5.0  # seconds: past the death limit of the test timings
@@ -43,44 +44,6 @@ HEALED = 150.0  # seconds until everything must be final: 3 s death limit, 3 cra
 LEAST = {"holders killed": 30, "rescues": 10, "refused writes": 10, "reset inside a write": 10}
 # Timings in which a frozen worker is buried while it sleeps.
 TIMINGS = {**FAST, "CORE4_SLOTS": str(SLOTS), "CORE4_KILL_WAIT": "1"}
-
-
-@dataclass
-class Part:
-    """One process of the stack, started again whenever it is gone."""
-
-    name: str
-    args: Sequence[str]
-    environ: dict[str, str]
-    marks: list[str] = field(default_factory=list)
-    command: Command | None = None
-    paused_until: float | None = None
-    output: list[str] = field(default_factory=list)
-
-    def ensure(self) -> None:
-        """Start it unless it runs."""
-        if self.command is not None and self.command.process.poll() is None:
-            return
-        self.forget()
-        self.command = Command([program("core4"), *self.args], self.environ, cwd=ROOT).start()
-        self.marks.append(self.command.mark)
-
-    def forget(self) -> None:
-        """Keep what it has written."""
-        if self.command is not None:
-            self.command.wait()
-            self.output.append(self.command.output[-20_000:])
-            if self.command.process.stdout:
-                self.command.process.stdout.close()
-
-    @property
-    def pid(self) -> int:
-        assert self.command is not None
-        return self.command.process.pid
-
-    def signal(self, number: int) -> None:
-        assert self.command is not None
-        self.command.process.send_signal(number)
 
 
 class Chaos:
@@ -92,21 +55,20 @@ class Chaos:
         self.counts: Counter[str] = Counter()
         self.history = History(home / "history")
         self.ledger, self.refusals = home / "ledger", home / "refusals"
-        self.server = EmbeddedServer(home / "home")
+        self.server = Server(home / "home")
         self.server.start()
-        self.proxy = Proxy(self._port(), seed)
+        self.proxy = Proxy(self.server.port, seed)
         self.proxy.start()
         self.parts = self._parts(plant)
-        self.open = jobs
-
-    def _port(self) -> int:
-        return int(self.server.url.partition("//127.0.0.1:")[2].partition("/")[0])
+        self.fires = Fires(self.apis, str(self.ledger))
+        self.open = 0
+        self.room = threading.Event()
 
     def _parts(self, plant: str) -> list[Part]:
         spec = f"count {self.refusals}" + (f"; plant {plant}" if plant else "")
         environ = {
             **TIMINGS,
-            "CORE4_MONGO_URL": self.server.url.replace(f":{self._port()}/", f":{self.proxy.port}/"),
+            "CORE4_MONGO_URL": self.server.url.replace(f":{self.server.port}/", f":{self.proxy.port}/"),
             "CORE4_HOME": str(self.home / "home"),
             faults.VARIABLE: spec,
             faults.PERMIT: "1",
@@ -115,7 +77,8 @@ class Chaos:
         parts = []
         for number in range(WORKERS):
             args = ["worker", "--name", f"chaos{number}", str(ROOT / "tests/chaos/jobs.py")]
-            parts.append(Part(f"worker{number}", args, environ))
+            scheduler = {"CORE4_SCHEDULER": "true" if number < SCHEDULERS else "false"}
+            parts.append(Part(f"worker{number}", args, {**environ, **scheduler}))
         self.apis = []
         for number in range(APIS):
             port = free_port()
@@ -130,6 +93,7 @@ class Chaos:
         try:
             asyncio.run(self._add_user())
             self._start()
+            self.fires.begin()
             clients, readers = self._clients()
             self._rage(clients)
             self._heal(clients, readers)
@@ -149,14 +113,15 @@ class Chaos:
         for part in self.parts:
             part.ensure()
         for part in self.parts:
-            assert part.command is not None
-            part.command.wait_for("ready")
+            part.wait()
 
     def _clients(self) -> tuple[list[Client], list[Reader]]:
         keys = iter(range(self.jobs))
         lock, readers = threading.Lock(), list[Reader]()
+        self.room.set()
 
         def next_key() -> int | None:
+            self.room.wait()
             with lock:
                 return next(keys, None)
 
@@ -193,16 +158,15 @@ class Chaos:
     def _wake(self, now: float, *, all_of_them: bool = False) -> None:
         for part in self.parts:
             if part.paused_until is not None and (all_of_them or now >= part.paused_until):
-                part.signal(signal.SIGCONT)
-                part.paused_until = None
+                part.wake()
 
     def _kill_one(self) -> None:
         # Mostly workers: a dead API costs the clients a second, a dead worker is what this is about.
         awake = [part for part in self.parts if part.paused_until is None]
-        victim = self.random.choices(awake, [3 if part.name[0] == "w" else 1 for part in awake])[0]
+        victim = self.random.choices(awake, [3 if part.kind == "worker" else 1 for part in awake])[0]
         self.counts["holders killed"] += asyncio.run(self._holds(victim.pid))
-        victim.signal(signal.SIGKILL)
-        self.counts[f"killed {victim.name[:-1]}"] += 1
+        victim.kill()
+        self.counts[f"killed {victim.kind}"] += 1
 
     async def _holds(self, pid: int) -> bool:
         """True if this process is a worker that holds a lease. Counts what is open on the way."""
@@ -212,29 +176,20 @@ class Chaos:
         held = await database.collection("sys.queue").find({"lease.owner": {"$in": ids}}).to_list(None)
         open_jobs = {"state": {"$in": ["pending", "running", "failed", "deferred"]}}
         self.open = await database.collection("sys.queue").count_documents(open_jobs)
+        (self.room.set if self.open < MOST_OPEN else self.room.clear)()
         await database.close()
         return bool(held)
 
     def _kill_database(self) -> None:
-        state = psutil.Process(os.getpid()).children(recursive=True)
-        for process in state:
-            try:
-                if any("secantusd" in word or "mongod" in word for word in process.cmdline()):
-                    process.kill()
-            except psutil.Error:
-                continue
-        self.server.stop()
-        self.server.start()
-        self.proxy.target = self._port()
+        self.server.kill()
+        self.proxy.target = self.server.port
         self.counts["killed database"] += 1
 
     def _pause_one(self, now: float) -> None:
-        workers = [part for part in self.parts if part.name.startswith("worker") and not part.paused_until]
+        workers = [part for part in self.parts if part.kind == "worker" and not part.paused_until]
         # One at a time: somebody has to be there to declare it dead.
         if len(workers) == WORKERS:
-            victim = self.random.choice(workers)
-            victim.signal(signal.SIGSTOP)
-            victim.paused_until = now + PAUSE
+            self.random.choice(workers).pause(now + PAUSE)
             self.counts["paused"] += 1
 
     # ------------------------------------------------------------------ the end
@@ -248,6 +203,7 @@ class Chaos:
                 raise client.failure
         for part in self.parts:
             part.ensure()
+        self.fires.end()
         drained = asyncio.run(self._drained())
         self.counts["seconds to drain"] = int(drained)
         for reader in readers:
@@ -276,12 +232,16 @@ class Chaos:
         marks = {mark for part in self.parts for mark in part.marks}
         alive = frozenset(process.pid for mark in marks for process in marked(mark))
         database = await Database.connect(self.server.url, "core4")
-        write_dump(self.home / "dump", await dumped(database))
+        dump = await dumped(database)
+        write_dump(self.home / "dump", dump)
+        must, may = self.fires.ids(dump["schedule"])
         evidence = await gathered(
             database,
             self.home / "history",
             self.ledger,
             followers=[Follower(reader.job, tuple(reader.events)) for reader in readers],
+            fires=must,
+            may_fire=may,
             pauses=True,
             crashed_database=True,
             alive=alive,
@@ -296,10 +256,7 @@ class Chaos:
     def _end(self) -> None:
         self.proxy.calm = True
         for part in self.parts:
-            if part.command is not None:
-                part.command.kill_everything()
-                part.forget()
-            (self.home / f"{part.name}.log").write_text("\n----- killed -----\n".join(part.output))
+            part.end(self.home)
         self.proxy.stop()
         self.server.stop()
         self.history.close()
@@ -314,11 +271,18 @@ def too_kind(verdict: Verdict) -> list[str]:
     ]
 
 
+def _cpu_seconds() -> int:
+    """What this process and its ended children have used; without the orphans of killed workers."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return int(sum(each.ru_utime + each.ru_stime for each in used))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--jobs", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=None)
     parser.add_argument("--keep", type=Path, help="folder for what the run leaves behind")
+    parser.add_argument("--json", type=Path, help="file to append the figures to, one line a run")
     parser.add_argument("--plant", default="", help="a fault to plant, package.module:function")
     parser.add_argument("--any-figures", action="store_true", help="do not ask for the least figures")
     args = parser.parse_args(argv)
@@ -328,8 +292,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"chaos: {args.jobs} jobs, seed {seed}, in {home}", flush=True)
     begin = time.monotonic()
     verdict = Chaos(home, args.jobs, seed, args.plant).run()
-    verdict.figures["seconds"] = int(time.monotonic() - begin)
+    verdict.figures |= {"seconds": int(time.monotonic() - begin), "cpu seconds": _cpu_seconds()}
     print(verdict)
+    if args.json:
+        record = {"seed": seed, "size": args.jobs, "ok": verdict.ok, **verdict.figures}
+        with args.json.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
     if not verdict.ok:
         return 1
     kind = [] if args.any_figures else too_kind(verdict)
