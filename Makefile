@@ -14,11 +14,15 @@ WORKERS ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export PIP_NO_INPUT = 1
 
-.PHONY: help demo up test check format docs rows bench build clean
+# A seed that an earlier run has printed: make chaos SEED=7
+SEED ?=
+CHAOS = $(RUN) -m tests.chaos.run --json reports/chaos.jsonl $(if $(SEED),--seed $(SEED))
+
+.PHONY: help demo up test check format docs rows bench chaos chaos-long planted build clean
 .DELETE_ON_ERROR:
 
 help:  ## show this list
-	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*##/\t/' | awk -F'\t' '{printf "  make %-8s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*##/\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
 
 demo: $(VENV)/.embedded  ## install, start everything, follow a real job in this terminal, stop again
 	@$(RUN) -m core4 demo
@@ -47,6 +51,17 @@ rows: $(VENV)/.test  ## which rows of the acceptance list the last `make test` h
 
 bench: $(VENV)/.test  ## measure against bare loops in the same run; table, and reports/bench.json
 	$(RUN) -m tests.bench --json reports/bench.json
+
+chaos: $(VENV)/.test  ## 2,000 jobs while processes die and the network fails: nothing lost (minutes)
+	@mkdir -p reports
+	$(CHAOS) --jobs 2000
+
+chaos-long: $(VENV)/.test  ## the same with 20,000 jobs (most of an hour)
+	@mkdir -p reports
+	$(CHAOS) --jobs 20000
+
+planted: $(VENV)/.test  ## plant one fault after the other in the engine: does the judge find each?
+	$(RUN) -m tests.chaos.planted
 
 build: $(VENV)/.dev  ## sdist and wheel, the wheel made from the sdist
 	$(RUN) -m build --outdir dist .

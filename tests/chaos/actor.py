@@ -37,7 +37,9 @@ async def play(case: dict[str, Any]) -> list[list[Any]]:
             await actor.register()
         await scenario.prepare(actor)
         armed.trace.clear()
-        armed.rules.extend(Faults.parse(case["fault"]).rules)
+        wanted = Faults.parse(case["fault"])
+        wanted.plant()
+        armed.rules.extend(wanted.rules)
         try:
             await scenario.act(actor)
         except Exception as error:  # a client that gives up

@@ -9,13 +9,14 @@ import socket
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
 from bson import ObjectId
 from pymongo.errors import PyMongoError
 
+from core4 import schedules
 from core4.catalogue import Catalogue
 from core4.config import Settings
 from core4.controls import Controls, ControlStore
@@ -27,7 +28,7 @@ from core4.logs import LogStore
 from core4.queues import JobQueue
 from core4.registry import WorkerRegistry
 from core4.retries import Outcome
-from core4.schedules import ScheduleStore
+from core4.schedules import Schedule, ScheduleStore
 from core4.users import UserStore
 from tests.chaos.evidence import History
 from tests.chaos.ledger import note
@@ -191,6 +192,13 @@ class Actor:
         jobs = await self.claim(10)
         await asyncio.gather(*(self.run(job) for job in jobs))
         return len(jobs)
+
+    # ------------------------------------------------------------------ as a scheduler
+
+    async def fire(self, schedule: Schedule, instant: datetime) -> Job | None:
+        """Make the job of an instant; its arguments have the key `fire`."""
+        call = lambda: schedules.fire(self.queue, {}, schedule, instant)  # noqa: E731
+        return await self._ask("enqueue", "fire", call, result=lambda job: job.id)
 
     # ------------------------------------------------------------------ as upkeep
 

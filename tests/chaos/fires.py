@@ -30,7 +30,7 @@ class Fires:
         """Make the schedules; they make up for every instant that is missed."""
         for name, period in PERIODS.items():
             args = {"key": "fire", "ledger": self._ledger, "seconds": 0.05}
-            fields = {"expression": f"*/{period} * * * * *", "missed": "all", "limit": 1000, "args": args}
+            fields = {"expression": f"* * * * * */{period}", "missed": "all", "limit": 1000, "args": args}
             self._insist("PUT", f"/schedule/{name}", json={"qual_name": NAME, **fields})
 
     def end(self) -> None:

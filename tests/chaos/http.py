@@ -15,6 +15,7 @@ from tests.helpers import BASE
 
 TRIES = 200  # of one request; a run that needs more has another problem
 PAUSE = 0.25  # seconds between two tries
+NAMES = ("tests.chaos.Job", "tests.chaos.InlineJob")  # half of the jobs each
 
 
 class Api:
@@ -82,7 +83,7 @@ class Client(threading.Thread):
             "fails": dice.choice((0,) * 8 + (1, 2)),
             "defers": dice.choice((0,) * 12 + (1,)),
         }
-        body = {"qual_name": "tests.chaos.Job", "args": args, "follow": False}
+        body = {"qual_name": dice.choice(NAMES), "args": args, "follow": False}
         headers = {"Idempotency-Key": f"k{key}"} if key % 2 else {}
         for _ in range(TRIES):
             kind, job = self._ask("enqueue", f"k{key}", "POST", "/job", json=body, headers=headers)

@@ -14,13 +14,15 @@ from typing import Any
 from bson import ObjectId
 from pymongo.errors import AutoReconnect, DuplicateKeyError
 
-from core4 import jobs, transitions
+from core4 import jobs, schedules, transitions
 from core4.errors import JobExists
 from core4.jobs import Job, JobOrder, Lease, Owner
 from core4.queues import JobQueue
 from core4.retries import Outcome
+from core4.schedules import Decision, Schedule
 from core4.states import State
 from core4.transitions import Change
+from core4.worker.scheduler import Scheduler
 
 PLANTS: dict[str, Callable[[], None]] = {}
 
@@ -281,3 +283,42 @@ def a_child_is_its_own_rival() -> None:
         return rival
 
     _patch(JobQueue, "_insert", make)
+
+
+@plant
+def cursor_before_insert() -> None:
+    """A scheduler moves on first and makes the job of the instant then."""
+
+    async def carry_out(self: Scheduler, schedule: Schedule, decision: Decision) -> None:
+        moved = await self._schedules.advance(
+            schedule, decision.cursor, fired=decision.fire, skipped=decision.skip, reason="missed"
+        )
+        if moved:
+            await self._fire(schedule, decision.fire)
+
+    Scheduler._carry_out = carry_out  # type: ignore[method-assign]
+
+
+@plant
+def each_scheduler_its_own_fire() -> None:
+    """The job of an instant gets an id of its own from whoever makes it."""
+    schedules.fire_id = lambda name, instant: ObjectId()
+
+
+@plant
+def workers_known_by_their_host() -> None:
+    """A dead worker counts as alive as long as one of the same name is: its jobs wait for ever."""
+
+    def make(rescue: Any) -> Any:
+        async def by_name(self: JobQueue, alive: Any) -> int:
+            async def owners_of_the_living() -> set[str]:
+                living = self._database.collection("sys.worker").find({"_id": {"$in": list(await alive())}})
+                names = {worker["name"] for worker in await living.to_list(None)}
+                held = self._queue.find({"state": "running", "locked.worker": {"$in": list(names)}})
+                return {job["lease"]["owner"] for job in await held.to_list(None)}
+
+            return await rescue(self, owners_of_the_living)  # type: ignore[no-any-return]
+
+        return by_name
+
+    _patch(JobQueue, "rescue", make)

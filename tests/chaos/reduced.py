@@ -13,6 +13,7 @@ import uuid
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TypeVar
 
@@ -23,16 +24,18 @@ from core4 import faults
 from core4.database import Database
 from core4.errors import Core4Error, Unavailable
 from core4.faults import Faults, Hit
-from core4.jobs import Job
+from core4.jobs import Job, utcnow
 from core4.states import FINAL
-from tests.chaos.checker import Verdict, Violation, check
-from tests.chaos.client import Actor, fast_settings
+from core4.worker.scheduler import Scheduler
+from tests.chaos.checker import Verdict, Violation, check, fire_id
+from tests.chaos.client import NAME, Actor, fast_settings
 from tests.chaos.evidence import History, opened
 from tests.chaos.recovery import bury_others, gathered, recover
 
 T = TypeVar("T")
 
-WORKERS, CLIENTS = 3, 3
+WORKERS, CLIENTS, SCHEDULERS = 3, 3, 2
+SCHEDULE, TICKS = "chaos/every-second", 40
 FAULTS = ("die before", "die after", "lose", "late", "freeze")
 STALLS = (0.0, 0.05, 0.7, 1.5)  # seconds until a late write lands, or a frozen client wakes
 KINDS = ("complete",) * 6 + ("failed",) * 2 + ("deferred",)
@@ -96,6 +99,7 @@ class World:
         self.waiting = self.jobs
         self.failing = {f"k{number}" for number in range(0, jobs, 7)}
         self.done = asyncio.Event()
+        self.ticks = 0  # seconds that have passed for the schedulers
 
     async def run(self) -> Verdict:
         """All of it, to the verdict; the database is dropped."""
@@ -113,11 +117,13 @@ class World:
     async def _run(self, history: History) -> Verdict:
         healer = Actor(self.database, self.settings, history, self.home / "ledger")
         await healer.prepare()
+        begin = await self._make_schedule(healer)
         workers = [asyncio.create_task(self._again(self._work)) for _ in range(WORKERS)]
+        schedulers = [asyncio.create_task(self._again(self._schedule)) for _ in range(SCHEDULERS)]
         clients = [asyncio.create_task(self._again(self._ask)) for _ in range(CLIENTS)]
         await asyncio.gather(*clients)
         self.done.set()
-        await asyncio.gather(*workers)
+        await asyncio.gather(*workers, *schedulers)
         for weather in self.weathers:
             await weather.landed()
             self.counts.update(weather.counts)
@@ -125,11 +131,16 @@ class World:
         await healer.register()
         stuck: list[Violation] = []
         try:
+            await self._scheduler(healer).step()
             await recover(healer)
         except AssertionError as error:
             stuck.append(Violation("C7", None, str(error)[:500]))
+        instants = (begin + timedelta(seconds=n) for n in range(1, self.ticks + 1))
+        fires = frozenset(fire_id(SCHEDULE, instant) for instant in instants)
         verdict = check(
-            await gathered(self.database, self.home / "history", self.home / "ledger", pauses=True)
+            await gathered(
+                self.database, self.home / "history", self.home / "ledger", pauses=True, fires=fires
+            )
         )
         verdict.violations += stuck
         verdict.figures |= self.counts
@@ -216,6 +227,35 @@ class World:
         killed = bool(held) and held[0].killed_at is not None
         kind = "killed" if killed and dice.random() < 0.7 else dice.choice(KINDS)
         await actor.finish(started, "failed" if job.args["key"] in self.failing else kind)
+
+    # ------------------------------------------------------------------ a scheduler
+
+    async def _make_schedule(self, actor: Actor) -> datetime:
+        """A schedule of every second of a time that only `_schedule` lets pass; when it begins."""
+        self.begin = utcnow().replace(microsecond=0)
+        await actor.catalogue.publish([{"_id": NAME, "namespace": "DEFAULT"}])
+        actor.schedules.clock = self._clock
+        fields = {"qual_name": NAME, "expression": "* * * * * *", "args": {"key": "fire"}}
+        await actor.schedules.set(SCHEDULE, {**fields, "missed": "all", "limit": 1000}, by="chaos")
+        return self.begin
+
+    async def _clock(self) -> datetime:
+        return self.begin + timedelta(seconds=self.ticks)
+
+    def _scheduler(self, actor: Actor) -> Scheduler:
+        actor.schedules.clock = self._clock
+        return Scheduler(actor.schedules, actor.queue, actor.catalogue, self._clock)
+
+    async def _schedule(self, actor: Actor) -> None:
+        """One of those that fire; each lets a second pass and does what is due then."""
+        scheduler = self._scheduler(actor)
+        while not self.done.is_set() and self.ticks < TICKS:
+            self.ticks += 1
+            try:
+                await scheduler.step()
+            except (PyMongoError, Unavailable):
+                continue
+            await asyncio.sleep(0.02)
 
     # ------------------------------------------------------------------ a client, and its API
 

@@ -34,6 +34,7 @@ from tests.chaos.recovery import dumped, gathered
 from tests.helpers import FAST, ROOT, free_port, marked
 
 WORKERS, APIS, CLIENTS, SLOTS = 3, 2, 12, 6
+JOBS = (ROOT / "tests/chaos/jobs.py", ROOT / "tests/jobs/inline.py")
 SCHEDULERS = 2  # of the workers
 KILL_EVERY, DATABASE_EVERY, PAUSE_EVERY = 2.0, 20.0, 9.0
 MOST_OPEN = 120  # jobs: the clients wait above it, so that they, too, are there for the whole of the run
@@ -76,7 +77,7 @@ class Chaos:
         }
         parts = []
         for number in range(WORKERS):
-            args = ["worker", "--name", f"chaos{number}", str(ROOT / "tests/chaos/jobs.py")]
+            args = ["worker", "--name", f"chaos{number}", *map(str, JOBS)]
             scheduler = {"CORE4_SCHEDULER": "true" if number < SCHEDULERS else "false"}
             parts.append(Part(f"worker{number}", args, {**environ, **scheduler}))
         self.apis = []
@@ -295,7 +296,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     verdict.figures |= {"seconds": int(time.monotonic() - begin), "cpu seconds": _cpu_seconds()}
     print(verdict)
     if args.json:
-        record = {"seed": seed, "size": args.jobs, "ok": verdict.ok, **verdict.figures}
+        record = {"seed": seed, "size": args.jobs, "passed": verdict.ok, **verdict.figures}
         with args.json.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
     if not verdict.ok:

@@ -23,7 +23,7 @@ from core4.logs import Line
 from core4.queues import JOURNAL, QUEUE
 from core4.states import State
 from core4.worker.ingest import Ingest
-from tests.chaos.client import NAME, Actor
+from tests.chaos.client import NAME, Actor, new_owner
 from tests.chaos.recovery import dumped, recover
 
 Step = Callable[[Actor], Awaitable[Any]]
@@ -37,7 +37,8 @@ async def _nothing(actor: Actor) -> None:
 class Scenario:
     """One operation: what comes before it, itself, and what must hold after another process recovered.
 
-    With `repeat` the recovering process does it once more: for stores whose clients simply try again.
+    With `repeat` the recovering process does it once more: for stores whose clients simply try again. With
+    `overlaps` the job is taken over from a process that does not know: two executions are legal then.
     """
 
     act: Step
@@ -46,6 +47,7 @@ class Scenario:
     repeat: bool = False
     find_and_modify: bool | None = None
     register: bool = True
+    overlaps: bool = False
 
 
 SCENARIOS: dict[str, Scenario] = {}
@@ -208,6 +210,20 @@ async def key_taken(actor: Actor) -> None:
     await actor.enqueue("k1")
 
 
+async def taken_over(actor: Actor) -> None:
+    """The holder was declared dead, another one has the job, and the holder does not know."""
+    await started()(actor)
+    stale, actor.owner = actor.owner, new_owner()
+    handle, execution = job(actor), actor.executions.copy()
+    await actor.registry.bury(-3600)
+    await actor.register()
+    await rescue(actor)
+    await actor.force_due()
+    await actor.queue.promote()
+    await actor.start((await actor.claim())[0])
+    actor.owner, actor.kept["job"], actor.executions = stale, handle, execution
+
+
 def due_at_once(**fields: Any) -> Step:
     """A document as it is when time has passed."""
 
@@ -233,7 +249,11 @@ scenario(
 scenario("start", lambda actor: actor.start(job(actor)), claimed())
 scenario("start-of-a-leftover", lambda actor: actor.start(job(actor)), journal_twin)
 scenario("progress", lambda actor: actor.progress(job(actor)), started())
+scenario("progress-stale", lambda actor: actor.progress(job(actor)), taken_over, overlaps=True)
+scenario("flag", lambda actor: actor.queue.flag(job(actor), "wall", reason="too long"), started())
+scenario("flag-zombie", lambda actor: actor.queue.flag(job(actor), "zombie", reason="silent"), started())
 scenario("finish-complete", finish, started())
+scenario("finish-stale", finish, taken_over, overlaps=True)
 scenario("finish-failed", lambda actor: actor.finish(job(actor), "failed"), started())
 scenario("finish-error", lambda actor: actor.finish(job(actor), "failed"), started(attempts=1))
 scenario(
@@ -467,7 +487,7 @@ scenario("revoke", sign_out, add_user, repeat=True)
 
 # ---------------------------------------------------------------------- schedules
 
-DAILY = {"qual_name": NAME, "expression": "0 0 * * *", "zone": "UTC"}
+DAILY = {"qual_name": NAME, "expression": "0 0 * * *", "zone": "UTC", "args": {"key": "fire"}}
 
 
 async def schedule(actor: Actor) -> None:
@@ -508,6 +528,25 @@ async def has_advanced(actor: Actor) -> None:
     assert (await actor.schedules.get("daily")).document["skipped"] == 1
 
 
+async def fire(actor: Actor) -> None:
+    """What a scheduler does: the job first, then the cursor; twice is once."""
+    seen = await actor.schedules.get("daily")
+    if seen.document["fired"] == 0:
+        instant = seen.due()
+        await actor.fire(seen, instant)
+        await actor.schedules.advance(seen, instant, fired=[instant], skipped=[], reason="")
+
+
+async def has_fired_once(actor: Actor) -> None:
+    assert (await actor.schedules.get("daily")).document["fired"] == 1
+    found = [
+        await actor.database.collection(name).count_documents({"schedule_id": "daily"})
+        for name in (QUEUE, JOURNAL)
+    ]
+    assert sum(found) == 1, found
+
+
+scenario("schedule-fire", fire, schedule, proof=has_fired_once, repeat=True)
 scenario("schedule", schedule, proof=is_scheduled, repeat=True)
 scenario("schedule-change", pause_and_resume, schedule, proof=is_scheduled, repeat=True)
 scenario("schedule-delete", unschedule, schedule, proof=is_not_scheduled, repeat=True)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.chaos.checker import CHECKS, check, restart_id
+from core4 import schedules
+from tests.chaos.checker import CHECKS, check, fire_id, restart_id
 from tests.chaos.evidence import Event, Evidence, Follower, Note, Operation, opened, read_history
 
 JOB, CHILD = "a" * 24, restart_id("a" * 24, 0)
@@ -281,3 +283,19 @@ def test_what_was_never_answered_is_unknown(tmp_path: Path) -> None:
     assert (first.kind, first.end, first.result) == ("info", float("inf"), None)
     assert (second.kind, second.target, second.result) == ("fail", JOB, "409")
     assert second.begin <= second.end
+
+
+def test_the_ids_of_fires_are_those_of_the_product() -> None:
+    """Computed without a line of it, so that a change of theirs is a change of the promise."""
+    instant = datetime(2026, 3, 29, 1, 30, 7, tzinfo=UTC)
+
+    assert fire_id("chaos/two", instant) == str(schedules.fire_id("chaos/two", instant))
+
+
+def test_a_fire_around_the_pause_may_be_there_or_not() -> None:
+    """Neither missing nor one too many."""
+    fire = document("f" * 24, schedule_id="s", result=None, args={"key": "fire"})
+    evidence = replace(CLEAN, fires=frozenset(), may_fire=frozenset({"f" * 24}))
+
+    assert check(evidence).ok
+    assert check(replace(evidence, journal=(*CLEAN.journal, fire))).ok
