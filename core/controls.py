@@ -229,6 +229,11 @@ class RateStore:
         now = await self._database.server_time()
         return [Starts.from_document(row) for row in rows if row["wake_at"] <= now], now
 
+    async def wakes(self) -> dict[str, datetime | None]:
+        """When the held jobs of each name are looked after next; None if nobody will."""
+        rows = await self._controls.find({"kind": "rate"}, {"name": 1, "wake_at": 1}).to_list(None)
+        return {row["name"]: row.get("wake_at") for row in rows}
+
     async def look_again(self, seen: Starts, at: datetime | None) -> bool:
         """Say when held jobs are to be looked after next (None: there are none); False if another did."""
         return await self._cas(seen, {"$set": {"wake_at": at}})

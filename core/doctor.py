@@ -19,10 +19,10 @@ from typing import Any
 
 from bson import ObjectId
 
-from core4 import controls, logs, queues, registry, users
+from core4 import controls, inbox, logs, queues, registry, users
 from core4.catalogue import Catalogue
 from core4.config import Settings
-from core4.controls import Controls, ControlStore
+from core4.controls import Controls, ControlStore, RateStore
 from core4.database import Database, Document
 from core4.errors import BadOption, Conflict, JobNotFound, Unavailable
 from core4.findings import KINDS, Finding, Report
@@ -45,7 +45,7 @@ LATE = timedelta(seconds=60)  # that a time may be past, for clocks that differ
 KILL_LATE = timedelta(seconds=60)  # beside the grace period
 SCHEDULE_LATE = timedelta(seconds=120)
 ROUNDS = 5  # of looking and repairing: one repair may uncover the next
-INDEXES = (queues.INDEXES, logs.INDEXES, registry.INDEXES, controls.INDEXES, users.INDEXES)
+INDEXES = tuple(store.INDEXES for store in (queues, logs, registry, controls, users, inbox))
 
 Progress = Callable[[str, int], None]
 
@@ -86,6 +86,7 @@ class Doctor:
         self._progress = progress
         self._queue, self._logs = JobQueue(database, settings), LogStore(database)
         self._registry, self._catalogue = WorkerRegistry(database), Catalogue(database)
+        self._rates = RateStore(database)
         self._controls, self._schedules = ControlStore(database), ScheduleStore(database)
         self._tables = {False: database.collection(QUEUE), True: database.collection(JOURNAL)}
         self._looks: Mapping[str, Callable[[Collection[str] | None], AsyncIterator[Finding]]] = {
@@ -282,6 +283,13 @@ class Doctor:
             free = await self._free_slots(key)
             if free > 0:
                 yield _group("slot_free", str(key), f"{count} jobs are held, and {free} slots are free")
+        wakes = await self._rates.wakes()
+        for name, count in await self._held("rate_limit", "$name"):
+            at = wakes.get(name)
+            if at is None or at < self._now - LATE:
+                yield _group(
+                    "rate_free", name, f"{count} jobs are held, and nobody looks after them", since=at
+                )
         _, waiting = await self._queue.load()
         workers = [row for row in await self._registry.up() if not self._is_silent(row)]
         for row in waiting:
@@ -394,6 +402,7 @@ class Doctor:
             "expired": self._expire,
             "pause_gone": self._unpark,
             "slot_free": self._queue.wake_held,
+            "rate_free": self._wake_rated,
         }
         for number, finding in enumerate(findings):
             if finding.kind not in common:
@@ -430,6 +439,10 @@ class Doctor:
 
     async def _unpark(self) -> None:
         await self._queue.unpark(await self._controls.read())
+
+    async def _wake_rated(self) -> None:
+        await self._queue.wake_held()
+        await self._queue.wake_rated()
 
     async def _expire(self) -> None:
         while await self._queue.expire():

@@ -71,6 +71,7 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
         ),
         "pause_gone": Kind("jobs held for a pause that has ended", "they go back in line"),
         "slot_free": Kind("jobs held for a limit that has free slots", "as many as fit go back in line"),
+        "rate_free": Kind("jobs held by a rate limit that nobody looks after", "they are looked after"),
         "silent": Kind(
             "a worker that is up and does not renew",
             "it is watched for CORE4_DEAD_AFTER seconds and declared dead, its jobs go back",

@@ -409,6 +409,12 @@ async def held_for_a_free_limit(ward: Ward) -> str:
     return ward.key
 
 
+@plant("rate_free")
+async def held_for_a_rate_nobody_minds(ward: Ward) -> str:
+    await ward.set("queue", await ward.pending(rate_limit="5/m"), unset="due", held="rate_limit")
+    return NAME
+
+
 @plant("log_orphan")
 async def lines_of_nobody(ward: Ward) -> ObjectId:
     job = await ward.actor.enqueue(ward.key)
