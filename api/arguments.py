@@ -73,9 +73,24 @@ def _check_type(request: web.Request) -> None:
     )
 
 
+def checked(schema: type[Schema], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The same for one object of many in a body.
+
+    Raises: BadRequest naming what is wrong.
+    """
+    try:
+        loaded: dict[str, Any] = schema().load(given)
+    except ValidationError as error:
+        _complain(error.messages_dict)
+    return loaded
+
+
 @_parser.error_handler
 def _refuse(error: ValidationError, *_: object, **__: object) -> NoReturn:
-    messages: Mapping[str, Sequence[str]] = error.messages_dict.get(_MERGED, {})
+    _complain(error.messages_dict.get(_MERGED, {}))
+
+
+def _complain(messages: Mapping[str, Sequence[str]]) -> NoReturn:
     texts = [_text(name, message) for name, found in messages.items() for message in found]
     raise BadRequest("; ".join(texts[:5]) or "arguments not accepted")
 

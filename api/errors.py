@@ -78,7 +78,7 @@ async def _answered(request: web.Request, handler: Handler) -> web.StreamRespons
     except Core4Error as error:
         return _answer(request, error)
     except (BSONError, DocumentTooLarge, PyMongoError, web.RequestPayloadError) as error:
-        known = _known(error)
+        known = known_error(error)
         if known is None:
             return _unexpected(request, error)
         if isinstance(known, Unavailable):
@@ -142,7 +142,7 @@ def _unexpected(request: web.Request, error: Exception) -> web.Response:
     return problem(request, 500, f"internal error, see the log of the API for request {request_id}")
 
 
-def _known(error: Exception) -> Core4Error | None:
+def known_error(error: Exception) -> Core4Error | None:
     """What a library's error means; None if it is a mistake of ours."""
     if isinstance(error, web.RequestPayloadError):
         return BadRequest("the body does not arrive as its headers announce it")

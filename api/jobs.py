@@ -27,7 +27,7 @@ from core4.filters import (
     compile_sort,
     matches,
 )
-from core4.jobs import ROW_FIELDS, JobOrder, canonical, derived_id, utcnow, view
+from core4.jobs import ROW_FIELDS, Job, JobOrder, canonical, derived_id, utcnow, view
 from core4.options import OPTIONS
 from core4.orders import make_order
 from core4.permissions import Rights
@@ -55,26 +55,33 @@ _LOG_ORDER = {"_id", "created", "epoch", "seq"}
 
 async def enqueue(request: web.Request, args: Args) -> web.StreamResponse:
     """POST job: a new job, followed unless `follow` is false."""
+    job, replayed = await enqueue_one(request, args, idempotency_key(request))
+    if args["follow"]:
+        return await follow_job(request, job.id, job.document)
+    flash = await unserved(request, job.name, job.namespace)
+    headers = job_headers(job.id) | ({"Idempotent-Replayed": "true"} if replayed else {})
+    return reply(request, str(job.id), flash=flash, headers=headers)
+
+
+async def enqueue_one(request: web.Request, args: Args, key: str | None) -> tuple[Job, bool]:
+    """The job that `args` ask for, and whether an earlier request under this key has made it.
+
+    Raises: Forbidden, UnknownJob, KeyReused, and what `make_order` and `JobQueue.enqueue` raise.
+    """
     user, name = request[USER], args["qual_name"]
     if not user.may.may_execute(name):
         raise Forbidden(f"user [{user.name}] has no right to execute job [{name}]")
     entry = await request.app[CATALOGUE].get(name)
     if entry is None:
         raise UnknownJob(name)
-    order, began = _order(request, entry, args), utcnow()
-    key = idempotency_key(request)
+    order, began = _order(request, entry, args, keyed=key is not None), utcnow()
     # The id is ours: should the reply of the database get lost, it can be asked for.
     job_id = derived_id("api", user.name.lower(), key) if key else ObjectId()
     job = await whole(request.app[QUEUE].enqueue(order, job_id=job_id, once=key is not None))
     if key is not None and job.document.get("request_hash") != order.request_hash:
         raise KeyReused(f"the Idempotency-Key belongs to another request: it made job [{job.id}]")
-    if args["follow"]:
-        return await follow_job(request, job.id, job.document)
-    flash = await unserved(request, order.name, order.namespace)
     # A client may repeat the request's id, too: then it is an older job by its time.
-    replayed = job.document["request_id"] != order.request_id or job.document["enqueued"]["at"] < began
-    headers = job_headers(job.id) | ({"Idempotent-Replayed": "true"} if replayed else {})
-    return reply(request, str(job.id), flash=flash, headers=headers)
+    return job, job.document["request_id"] != order.request_id or job.document["enqueued"]["at"] < began
 
 
 def idempotency_key(request: web.Request) -> str | None:
@@ -88,7 +95,7 @@ def idempotency_key(request: web.Request) -> str | None:
     return key
 
 
-def _order(request: web.Request, entry: Document, args: Args) -> JobOrder:
+def _order(request: web.Request, entry: Document, args: Args, *, keyed: bool) -> JobOrder:
     return make_order(
         entry,
         args["args"],
@@ -98,13 +105,13 @@ def _order(request: web.Request, entry: Document, args: Args) -> JobOrder:
         username=request[USER].name,
         hostname=socket.gethostname(),
         request_id=request[REQUEST_ID],
-        request_hash=_request_hash(args) if IDEMPOTENCY_KEY in request.headers else None,
+        request_hash=_request_hash(args) if keyed else None,
     )
 
 
 def _request_hash(args: Args) -> str:
     """What two requests under one key must share; whether they follow the job is no part of it."""
-    wanted = {name: value for name, value in args.items() if name != "follow"}
+    wanted = {name: value for name, value in args.items() if name not in ("follow", "key")}
     return hashlib.sha256(canonical(wanted).encode()).hexdigest()
 
 

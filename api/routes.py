@@ -10,11 +10,12 @@ from aiohttp import web
 from marshmallow import Schema
 
 from core4 import identifiers
-from core4.api import arguments, bulk, control, doctor, jobs, results, schedules, sessions, system
+from core4.api import arguments, batch, bulk, control, doctor, jobs, results, schedules, sessions, system
 from core4.api.auth import authenticate
 from core4.api.browsers import require_own_page
 from core4.api.keys import BASE, USER
 from core4.schemas import (
+    BatchArguments,
     BulkArguments,
     DoctorArguments,
     EnqueueArguments,
@@ -69,6 +70,7 @@ ROUTES: tuple[Route, ...] = (
     Route("GET", f"{_JOB}/list", jobs.list_catalogue, takes=SearchArguments),
     Route("POST", f"{_JOB}/list", jobs.list_catalogue, takes=SearchArguments),
     Route("GET", f"{_JOB}/count", jobs.count),
+    Route("POST", f"{_JOB}/batch", batch.enqueue_many, takes=BatchArguments),
     Route("POST", f"{_JOB}/bulk", bulk.bulk, takes=BulkArguments),
     Route("GET", f"{_JOB}/detail", jobs.missing_id),
     Route("GET", f"{_JOB}/detail/{{_id}}", jobs.detail),

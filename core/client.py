@@ -270,6 +270,19 @@ class Client:
         body = {**options, "qual_name": name, "args": dict(args or {}), "follow": False}
         return str(self._call("POST", "job", body)["data"])
 
+    def enqueue_many(self, jobs: Sequence[Mapping[str, Any]]) -> Documents:
+        """Put up to 1,000 jobs into the queue; what has become of each, in their order.
+
+        Args:
+            jobs: each with qual_name, args, options like namespace or priority, and perhaps a ``key``: under
+                the same key a job is made once, however often it is asked for.
+
+        An answer has ``outcome``: enqueued or replayed, with ``_id``, or refused, with ``status``, ``code``
+        and ``detail``. Some may be refused and the others enqueued.
+        """
+        rows: Documents = self._call("POST", "job/batch", {"jobs": [dict(job) for job in jobs]})["data"]
+        return rows
+
     def show(self, job_id: str) -> Document:
         """The whole document of a job, from the queue or the journal."""
         job: Document = self._call("GET", f"job/{quote(job_id, safe='')}")["data"]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from core4.commands_batch import batch
 from core4.commands_bulk import STATES, act, conditions, meant, selecting
 from core4.console import (
     JSON_OPTION,
@@ -331,6 +332,7 @@ def workers(every: bool, output: str) -> None:
 
 
 job.add_command(workers)
+job.add_command(batch)
 
 
 # ---------------------------------------------------------------------- inside

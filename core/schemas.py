@@ -28,6 +28,7 @@ RESULT_WAIT = 50  # seconds that a request may wait for a result: less than clie
 OPEN = (Status.QUEUED, Status.RUNNING, *sorted(IDLE), State.RUNNING)
 SCOPES = ("everything", "namespace", "job", "project", "worker")  # what can be paused
 ACTIONS = ("kill", "restart", "remove")  # what can be done to many jobs
+BATCH = 1000  # jobs enqueued by one request
 REQUEST_ID = 255  # characters of a request id
 DEPTH = 32  # levels of lists and objects in arguments
 _INT64 = 2**63
@@ -174,6 +175,16 @@ def _namespace(value: str) -> None:
         raise ValidationError("parameter [namespace] expected 1 to 100 of A-Z a-z 0-9 _ -")
 
 
+def _batch(value: list[Any]) -> None:
+    if not 0 < len(value) <= BATCH:
+        raise ValidationError(f"parameter [jobs] expected 1 to {BATCH} jobs, not {len(value)}")
+
+
+def _key(value: str) -> None:
+    if not (0 < len(value) <= 255 and value.isascii() and value.isprintable()):
+        raise ValidationError("parameter [key] expected 1 to 255 printable ASCII characters")
+
+
 def _action(value: str) -> None:
     if value not in ACTIONS:
         raise ValidationError(f"parameter [action] expected one of {', '.join(ACTIONS)}")
@@ -275,6 +286,21 @@ class EnqueueArguments(Arguments):
         include: ClassVar[dict[str, fields.Field[Any]]] = {
             name: OptionValue(allow_none=option.check(None)) for name, option in OPTIONS.items()
         }
+
+
+class BatchArguments(Arguments):
+    """Jobs to enqueue, each as in `BatchJob`."""
+
+    jobs = _required(List, validate=_batch)
+
+
+class BatchJob(EnqueueArguments):
+    """One of them; `key` stands for the header Idempotency-Key of a single request."""
+
+    class Meta(EnqueueArguments.Meta):
+        exclude = ("follow",)
+
+    key = Text(validate=_key)
 
 
 class MessageArguments(Arguments):

@@ -405,3 +405,21 @@ def test_config_shows_origins_and_no_secret(tmp_path: Path) -> None:
     assert origins["CORE4_PORT"] == (7000, "environment CORE4_PORT")
     assert origins["CORE4_MONGO_URL"][0] == "mongodb://***@db1/"
     assert "s3cret" not in table
+
+
+def test_many_from_a_file(cli: Cli, tmp_path: Path) -> None:
+    """Ids of what was enqueued, refused lines by number, the same ids again; nothing of a broken file."""
+    lines = [{"qual_name": "cli_jobs.Held", "args": {"n": 700 + n}, "key": f"file-{n}"} for n in range(3)]
+    path = tmp_path / "jobs.ndjson"
+    path.write_text("\n".join(map(json.dumps, lines)) + "\n\n")
+    ids = cli("job", "batch", str(path)).split()
+
+    assert len(set(ids)) == 3
+    assert cli("job", "batch", str(path)).split() == ids
+    path.write_text(path.read_text() + '{"qual_name": "cli_jobs.Held", "args": {"n": "x"}}\n')
+    refused = cli("job", "batch", str(path), code=2)
+    assert "line 5: " in refused
+    assert set(ids) <= set(refused.split())
+    path.write_text('{"qual_name": "cli_jobs.Held", "args": {"n": 799}}\n{')
+    assert "line 2 is not JSON" in cli("job", "batch", str(path), code=2)
+    assert cli.json("job", "history", "--filter", '{"args.n": 799}') == []

@@ -31,7 +31,8 @@ LAYERS = (
     (
         "doors",
         "cli stack client console display demo __main__ "
-        "commands_authors commands_bulk commands_control commands_doctor commands_jobs commands_schedules",
+        "commands_authors commands_batch commands_bulk commands_control commands_doctor "
+        "commands_jobs commands_schedules",
     ),
 )
 RANK = {module: rank for rank, (_, modules) in enumerate(LAYERS) for module in modules.split()}
