@@ -278,17 +278,17 @@ class Doctor:
         held = await self._controls.read()
         for name, count in await self._held("paused", "$name"):
             if not held.of_name(name):
-                yield _group("pause_gone", name, f"{count} jobs are held, and nothing is paused")
+                yield _group("pause_gone", name, f"held, and nothing is paused (jobs: {count})")
         for key, count in await self._held("max_running", "$slot_key"):
             free = await self._free_slots(key)
             if free > 0:
-                yield _group("slot_free", str(key), f"{count} jobs are held, and {free} slots are free")
+                yield _group("slot_free", str(key), f"held, and slots are free: {free} (jobs: {count})")
         wakes = await self._rates.wakes()
         for name, count in await self._held("rate_limit", "$name"):
             at = wakes.get(name)
             if at is None or at < self._now - LATE:
                 yield _group(
-                    "rate_free", name, f"{count} jobs are held, and nobody looks after them", since=at
+                    "rate_free", name, f"held, and nobody looks after them (jobs: {count})", since=at
                 )
         _, waiting = await self._queue.load()
         workers = [row for row in await self._registry.up() if not self._is_silent(row)]
@@ -323,7 +323,7 @@ class Doctor:
         key = f"{namespace}/{name}" + (f"/{pinned}" if pinned else "")
         if pause := held.of_job(name, namespace, pinned):
             what = f"{pause.scope} {pause.target}".rstrip()
-            reason = f"{count} jobs wait: {what} was paused by {pause.by}"
+            reason = f"{what} was paused by {pause.by} (jobs: {count})"
             advice = "core4 resume" + (f" --{pause.scope} {pause.target}" if pause.target else "")
             return _group("paused", key, reason, name=name, since=pause.at, advice=advice)
         able = [row for row in workers if name in row["jobs"] and pinned in (None, row["name"])]
@@ -337,7 +337,7 @@ class Doctor:
             why, advice = "has ever published it", "start a worker that has it, or remove them"
         else:
             why, advice = "that runs it is up", "start one"
-        return _group("unserved", key, f"{count} jobs wait: no worker {why}", name=name, advice=advice)
+        return _group("unserved", key, f"no worker {why} (jobs: {count})", name=name, advice=advice)
 
     def _is_silent(self, worker: Document) -> bool:
         beat = worker.get("beat")

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from itertools import pairwise
 from typing import Any
 
 from bson import ObjectId
@@ -16,9 +17,17 @@ from bson import ObjectId
 from core4 import jobs
 from core4.jobs import HISTORY_LIMIT, Job
 from core4.results import has_ended
-from core4.states import FINAL, WAITING, State
+from core4.states import FINAL, MOVES, WAITING, State
 from core4.transitions import HOLD, LINE, Change, entry, leaves
 
+# What may follow what in a history; moves that keep the state keep each of theirs.
+_STEPS = {(state.value, state.value) for state in State} | {
+    (source.value, target.value)
+    for move in MOVES.values()
+    if move.sources != move.targets
+    for source in move.sources
+    for target in move.targets
+}
 _REASONS = {"worker", "paused", "max_running", "rate_limit"}  # why a waiting job may be held
 
 
@@ -216,6 +225,8 @@ def _history(job: Job) -> Iterator[Flaw]:
     revs = [row["rev"] for row in rows]
     if not rows or len(rows) > HISTORY_LIMIT or revs != sorted(set(revs)):
         yield Flaw("history", f"its history is out of order: revisions {revs!r:.200}")
+    elif jumps := [f"{a} to {b}" for a, b in pairwise(row["state"] for row in rows) if (a, b) not in _STEPS]:
+        yield Flaw("history", f"its history goes from {', '.join(jumps)}, which nothing does")
     elif rows[-1]["state"] != job.state:
         yield Flaw("history", f"it is {job.state}, its history says {rows[-1]['state']}")
     elif revs[-1] > job.rev:

@@ -213,6 +213,15 @@ broken("history", "a state changed by hand", unset="due", state="error")
 broken("history", "a history out of order", history=[])
 
 
+@plant("history")
+async def a_state_changed_and_what_showed_it_mended(ward: Ward) -> ObjectId:
+    """A repair of something else does not make a history that cannot be."""
+    job_id = await ward.pending()
+    await ward.set("queue", job_id, state="error")
+    await ward.actor.queue.mend(job_id, by="ann")  # it is not in line any more
+    return job_id
+
+
 async def _dead_owner(ward: Ward, how: str) -> None:
     """What becomes of the worker that holds the job."""
     owner = ward.actor.kept["ghost"].id
