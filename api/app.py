@@ -24,6 +24,7 @@ from core4.api.keys import (
     DATABASE,
     HUB,
     LOGS,
+    OPENAPI,
     QUEUE,
     SCHEDULES,
     SETTINGS,
@@ -31,6 +32,7 @@ from core4.api.keys import (
     USERS,
     WORKERS,
 )
+from core4.api.openapi import describe
 from core4.api.routes import add_routes
 from core4.api.throttle import Throttle
 from core4.catalogue import Catalogue
@@ -72,6 +74,7 @@ def create_app(settings: Settings, database: Database) -> web.Application:
     app[CONTROLS] = ControlStore(database)
     app[USERS] = UserStore(database, settings)
     app[THROTTLE] = Throttle()
+    app[OPENAPI] = describe
     feed = ChangeFeed(database, [QUEUE_COLLECTION, JOURNAL, LOG])
     app[HUB] = Hub(feed, app[QUEUE], app[LOGS], buffer=settings.sse_buffer)
 

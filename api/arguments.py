@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from aiohttp import web
-from marshmallow import RAISE, Schema, ValidationError
+from marshmallow import Schema, ValidationError
 from webargs.aiohttpparser import AIOHTTPParser
 
 from core4.errors import BadRequest
@@ -16,7 +16,7 @@ from core4.errors import BadRequest
 BODY_TIME = 10.0  # seconds within which a body has to arrive
 
 _MERGED = "merged"
-_parser = AIOHTTPParser(location=_MERGED, unknown=RAISE)
+_parser = AIOHTTPParser(location=_MERGED)
 
 
 async def parse(schema: type[Schema], request: web.Request) -> dict[str, Any]:
@@ -24,7 +24,8 @@ async def parse(schema: type[Schema], request: web.Request) -> dict[str, Any]:
 
     Raises: BadRequest naming what is wrong; HTTPException 413 or 415 for a body that is not read.
     """
-    parsed: dict[str, Any] = await _parser.parse(schema(), request)
+    one = schema()
+    parsed: dict[str, Any] = await _parser.parse(one, request, unknown=one.unknown)
     return parsed
 
 

@@ -54,7 +54,7 @@ async def add_headers(request: web.Request, response: web.StreamResponse) -> Non
     headers["X-Content-Type-Options"] = "nosniff"
     headers["X-Frame-Options"] = "DENY"
     headers["Referrer-Policy"] = "no-referrer"
-    headers["Content-Security-Policy"] = _PAGE_POLICY if page else _DATA_POLICY
+    headers.setdefault("Content-Security-Policy", _PAGE_POLICY if page else _DATA_POLICY)
     headers["Server"] = "core4"
     if REQUEST_ID in request:
         headers[REQUEST_HEADER] = request[REQUEST_ID]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
 from aiohttp import web
 
 from core4.api.hub import Hub
@@ -29,6 +32,8 @@ CONTROLS = web.AppKey("controls", ControlStore)
 USERS = web.AppKey("users", UserStore)
 THROTTLE = web.AppKey("throttle", Throttle)
 HUB = web.AppKey("hub", Hub)
+# Not imported where it is needed: it describes those who need it.
+OPENAPI: web.AppKey[Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]] = web.AppKey("openapi")
 
 REQUEST_ID = web.RequestKey("request_id", str)
 USER = web.RequestKey("user", User)

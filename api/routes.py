@@ -10,7 +10,20 @@ from aiohttp import web
 from marshmallow import Schema
 
 from core4 import identifiers
-from core4.api import arguments, batch, bulk, control, doctor, jobs, results, schedules, sessions, system
+from core4.api import (
+    arguments,
+    batch,
+    bulk,
+    control,
+    docs,
+    doctor,
+    jobs,
+    results,
+    schedules,
+    sessions,
+    system,
+    tasks,
+)
 from core4.api.auth import authenticate
 from core4.api.browsers import require_own_page
 from core4.api.keys import BASE, USER
@@ -37,6 +50,7 @@ from core4.schemas import (
     SchedulesArguments,
     SearchArguments,
     StreamArguments,
+    TaskArguments,
 )
 
 # open: everybody; user: who is signed in; stream: who is signed in, or brings a ticket.
@@ -114,11 +128,14 @@ ROUTES: tuple[Route, ...] = (
     Route("POST", f"{BASE}/logout", sessions.logout),
     Route("GET", f"{BASE}/profile", sessions.profile),
     Route("POST", f"{BASE}/ticket", sessions.ticket),
+    Route("POST", tasks.PATH, tasks.run, takes=TaskArguments),
+    Route("GET", f"{BASE}/openapi.json", docs.description),
+    Route("GET", "/docs", docs.page),
     Route("GET", "/livez", system.alive, "open"),
     Route("GET", "/readyz", system.ready, "open"),
     Route("GET", "/version", system.show_version, "open"),
     Route("GET", "/", system.home, "open"),
-    Route("GET", "/static/{name}", system.static, "open"),
+    Route("GET", "/static/{name:.+}", system.static, "open"),
 )
 
 

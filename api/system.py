@@ -18,27 +18,33 @@ Args = dict[str, Any]
 _STATIC = Path(__file__).parent / "static"
 _TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
 # Few and small: kept in memory, so that no address reaches the file system.
-FILES = {path.name: (path.read_bytes(), _TYPES[path.suffix]) for path in _STATIC.iterdir()}
+FILES = {
+    path.relative_to(_STATIC).as_posix(): (path.read_bytes(), _TYPES[path.suffix])
+    for path in _STATIC.rglob("*")
+    if path.suffix in _TYPES
+}
 
 ANSWER = 2.0  # seconds that the database has to answer a probe
 
 
 async def home(request: web.Request, args: Args) -> web.Response:
     """GET /: a page for people."""
-    return _file("index.html")
+    return file_response("index.html")
 
 
 async def static(request: web.Request, args: Args) -> web.Response:
-    """GET /static/<name>: what the page needs."""
+    """GET /static/<name>: what the pages need."""
     name = request.match_info["name"]
     if name not in FILES:
         raise web.HTTPNotFound
-    return _file(name)
+    return file_response(name)
 
 
-def _file(name: str) -> web.Response:
+def file_response(name: str) -> web.Response:
+    """One of our files. What lies in a folder is named after its version, so that it never changes."""
     body, kind = FILES[name]
-    return web.Response(body=body, content_type=kind, charset="utf-8", headers={"Cache-Control": "no-cache"})
+    cache = "public, max-age=31536000, immutable" if "/" in name else "no-cache"
+    return web.Response(body=body, content_type=kind, charset="utf-8", headers={"Cache-Control": cache})
 
 
 async def alive(request: web.Request, args: Args) -> web.Response:

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
-from marshmallow import RAISE, Schema, ValidationError, fields, validate, validates_schema
+from marshmallow import INCLUDE, RAISE, Schema, ValidationError, fields, validate, validates_schema
 
 from core4 import timetable
 from core4.errors import JobInvalid
@@ -151,14 +151,15 @@ class OptionValue(fields.Field[Any]):
     def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> Any:
         assert attr is not None
         if isinstance(value, str) and attr not in ("worker", "max_running_key", "rate_limit"):
-            value = _from_text(value, is_bool=isinstance(OPTIONS[attr].default, bool))
+            value = from_text(value, is_bool=isinstance(OPTIONS[attr].default, bool))
         complaint = problem(attr, value)
         if complaint:
             raise ValidationError(f"parameter [{attr}]: {complaint}")
         return value
 
 
-def _from_text(text: str, *, is_bool: bool) -> Any:
+def from_text(text: str, *, is_bool: bool) -> Any:
+    """A value of a query string: JSON, or a word for true or false; as it is if it is neither."""
     try:
         return Bool().read(text) if is_bool else json.loads(text)
     except (ValueError, RecursionError):
@@ -324,7 +325,7 @@ class ScheduleValue(fields.Field[Any]):
     def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> Any:
         assert attr is not None
         if isinstance(value, str) and attr not in _SCHEDULE_TEXTS:
-            value = _from_text(value, is_bool=attr == "enabled")
+            value = from_text(value, is_bool=attr == "enabled")
         try:
             return timetable.checked({attr: value})[attr]
         except JobInvalid as error:
@@ -404,6 +405,13 @@ class DoctorArguments(Arguments):
 
     patience = Int(load_default=15, validate=_within("patience", 0, 60))
     everything = Bool(load_default=False)
+
+
+class TaskArguments(Arguments):
+    """The arguments of a task or job, each by its name; they are checked against its signature."""
+
+    class Meta(Arguments.Meta):
+        unknown = INCLUDE
 
 
 class FollowedArguments(Arguments):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -184,7 +185,7 @@ ACCESS = {"open": "everybody", "user": "signed in", "stream": "signed in, or a t
 def routes() -> Iterator[str]:
     rows = (
         (
-            f"{code(route.method)} {code(route.path.replace(':.+', ''))}",
+            f"{code(route.method)} {code(re.sub(r':[^/]*(?=})', '', route.path))}",
             _summary(route),
             ACCESS[route.access],
             _arguments_of(route),

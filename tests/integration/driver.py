@@ -204,6 +204,10 @@ class Runner:
         """Register as a worker that runs these."""
         await self.registry.register(self.owner, slots=2, namespaces=["DEFAULT"], jobs=names, version="1")
 
+    async def up_also(self, *names: str) -> None:
+        """Say that this worker runs these beside `tests.Job`."""
+        await self.registry.serve(self.owner, ["tests.Job", *names])
+
     async def start(self) -> Attempt:
         """Begin the first job in line."""
         (job,) = await self.queue.claim(self.owner, namespaces=["DEFAULT"])
