@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Sequence
+import struct
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
 import aio_pika
 from aio_pika.abc import AbstractChannel, AbstractConnection, AbstractIncomingMessage
 from aio_pika.exceptions import AMQPError, ChannelNotFoundEntity
+from pamqp import decode
 from yarl import URL
 
 from core4.errors import BrokerLost
@@ -30,6 +32,32 @@ _TROUBLE = (AMQPError, OSError, TimeoutError, asyncio.InvalidStateError, Runtime
 
 logging.getLogger("aiormq").setLevel(logging.CRITICAL)  # it logs what it raises, URLs included
 logging.getLogger("aio_pika").setLevel(logging.CRITICAL)
+
+
+def _short_text(value: bytes) -> tuple[int, str]:
+    length = value[0] if value else 0
+    # Not replaced by one character for all: two ids that differ must still differ.
+    return length + 1, value[1 : length + 1].decode("utf-8", "backslashreplace")
+
+
+def _or_nothing(read: Callable[[bytes], Any], size: Callable[[bytes], int]) -> Callable[[bytes], Any]:
+    """A reader that passes over a value it cannot read; `size` says how many bytes that is."""
+
+    def tolerant(value: bytes) -> tuple[int, Any]:
+        try:
+            found: tuple[int, Any] = read(value)
+        except (ValueError, OverflowError, OSError, struct.error, RecursionError):
+            return size(value), None
+        return found
+
+    return tolerant
+
+
+# The library ends the connection when a property of a message is not as it should be. It would be delivered
+# again, for ever: whoever may publish could block a queue by one message. We read nothing but its id.
+decode.METHODS["shortstr"] = _short_text
+decode.METHODS["timestamp"] = _or_nothing(decode.timestamp, lambda value: 8)
+decode.METHODS["table"] = _or_nothing(decode.field_table, lambda value: 4 + int.from_bytes(value[:4], "big"))
 
 
 async def connect(url: str, prefetch: int) -> RabbitBroker:

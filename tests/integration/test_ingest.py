@@ -110,13 +110,13 @@ async def jobs(database: Database) -> list[Job]:
     return sorted(map(Job.from_document, found), key=lambda job: job.rank)
 
 
-async def reach(database: Database, count: int, timeout: float = 20) -> list[Job]:
+async def reach(database: Database, count: int, timeout: float = 20, every: float = 0.05) -> list[Job]:
     async def look() -> list[Job]:
         found = await jobs(database)
         assert len(found) >= count, f"{len(found)} jobs"
         return found
 
-    return await eventually_async(look, timeout)
+    return await eventually_async(look, timeout, every=every)
 
 
 async def buried(post: Post, count: int = 1, timeout: float = 20) -> list[tuple[str, str, bytes]]:

@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 import aio_pika
 import pytest
+from pamqp import decode
 
 from core4.brokers import connector
 from core4.config import Settings
@@ -92,12 +93,12 @@ async def test_restarts_and_cuts_lose_and_double_nothing(
             await stack.enter_async_context(ingesting(database, settings, post, broker_url=url))
         sending = asyncio.create_task(send())
         for count in (100, 300, 500):
-            await reach(database, count, timeout=60)
+            await reach(database, count, timeout=60, every=0.2)
             cuts += cutter.cut()
         await asyncio.to_thread(rabbit.stop_app)
         await asyncio.to_thread(rabbit.start_app)
         await sending
-        await reach(database, 950, timeout=90)
+        await reach(database, 950, timeout=90, every=0.2)
 
         async def all_settled() -> bool:
             return await size(rabbit.url, queue_name) == 0
@@ -159,6 +160,40 @@ async def test_a_deleted_queue_is_made_again(
         async with post.producer() as producer:
             await producer.send_job({"name": "tests.Counted", "args": [1]})
         await reach(database, 2)
+
+
+class Latin(str):
+    """A text that goes over the wire as other bytes than UTF-8."""
+
+    def encode(self, encoding: str = "utf-8", errors: str = "strict") -> bytes:
+        return super().encode("latin-1")
+
+
+async def test_broken_properties_block_no_queue(
+    rabbit: Rabbit, counted: None, settings: Settings, database: Database, queue_name: str
+) -> None:
+    """What the client library cannot read must not be delivered for ever."""
+    post = Post(rabbit.url, queue_name, database)
+    await post.put(body(0), message_id="good")
+    async with channel_of(rabbit.url, confirms=False) as channel:
+        for n, text in enumerate(("\xe4", "\xe5"), 1):
+            message = aio_pika.Message(body(n), headers={"x": 1}, timestamp=0)
+            message.message_id = message.correlation_id = Latin(text)
+            message.headers = {Latin(text): Latin(text)}
+            await channel.default_exchange.publish(message, routing_key=queue_name, mandatory=False)
+
+    async with ingesting(database, settings, post):
+        found = await reach(database, 3)
+
+    assert [job.args["n"] for job in found] == [0, 1, 2]
+    assert [job.document["request_id"] for job in found] == ["good", "\\xe4", "\\xe5"]
+
+
+def test_values_that_cannot_be_read_are_passed_over() -> None:
+    """By their length, so that what follows them is read."""
+    assert decode.by_type(b"\xff" * 8, "timestamp") == (8, None)
+    assert decode.by_type(b"\0\0\0\x03\x01\xff\x00rest", "table") == (7, None)
+    assert decode.by_type(b"\x02\xc3\xa4rest", "shortstr") == (3, "ä")
 
 
 async def test_a_queue_of_another_kind_is_taken_as_it_is(
