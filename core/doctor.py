@@ -43,6 +43,7 @@ WINDOW = 500  # documents read and judged at once
 MOST = 1000  # findings that are told
 LATE = timedelta(seconds=60)  # that a time may be past, for clocks that differ
 KILL_LATE = timedelta(seconds=60)  # beside the grace period
+FORGOTTEN = timedelta(days=7)  # behind this a child that is not there may have ended and been deleted since
 SCHEDULE_LATE = timedelta(seconds=120)
 ROUNDS = 5  # of looking and repairing: one repair may uncover the next
 INDEXES = tuple(store.INDEXES for store in (queues, logs, registry, controls, users, inbox))
@@ -224,7 +225,8 @@ class Doctor:
             yield Flaw("twice", f"it is {job.state} in the queue and has ended in the journal"), None
             return
         child = job.document["enqueued"].get("child_id")
-        if child in facts.lost:
+        rows = job.document["history"]
+        if child in facts.lost and rows and rows[-1]["at"] > self._now - FORGOTTEN:
             yield Flaw("child_missing", f"it was restarted as {child}, which does not exist"), None
         if job.journal:
             return

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import timedelta
 from itertools import pairwise
 from typing import Any
 
@@ -136,9 +135,8 @@ def _waiting(job: Job) -> Iterator[Flaw]:
         yield _back_in_line(job, wrong)
     if job.killed_at is not None:
         yield Flaw("killed", "its kill was acknowledged, and it waits for a worker")
-    if job.state is State.DEFERRED and document.get("expires") is None:
-        end = job.inactive_at or document["enqueued"]["at"] + timedelta(seconds=job.defer_max)
-        yield Flaw("line", "it is deferred without an end", {"expires": end})
+    if job.state is State.DEFERRED and document.get("expires") is None and job.inactive_at is not None:
+        yield Flaw("line", "it is deferred without an end", {"expires": job.inactive_at})
     elif job.state is not State.DEFERRED and document.get("expires") is not None:
         yield Flaw("line", f"it is {job.state} and has an end as if it were deferred", unset=("expires",))
 

@@ -508,6 +508,18 @@ def is_repaired(name: str) -> bool:
     return KINDS[PLANTS[name][0]].repair is not None and name != "its_place_is_taken"
 
 
+async def test_a_child_that_may_have_been_deleted_long_ago_is_not_run_again(ward: Ward) -> None:
+    """It may have ended since; a repair must not make a second outcome."""
+    await ward.furnish()
+    ward.key = "old"
+    parent = await a_child_that_is_not_there(ward)
+    rows = (await ward.actor.queue.get(parent)).document["history"]
+    old = [{**row, "at": row["at"] - 8 * 24 * HOUR} for row in rows]
+    await ward.set("journal", parent, history=old)
+
+    assert (await ward.doctor().repair(by="ann")).repaired == ()
+
+
 @pytest.mark.parametrize("repaired", [True, False], ids=["repaired", "told"])
 async def test_each_is_named_and_nothing_else(ward: Ward, repaired: bool) -> None:
     """All that is planted, beside healthy work; afterwards all is sound, and there is nothing left to do."""
