@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
+import os
 import resource
 import socket
 import sys
@@ -14,7 +15,7 @@ from contextlib import asynccontextmanager, suppress
 from aiohttp import web
 from pymongo.errors import PyMongoError
 
-from core4 import identifiers
+from core4 import __version__, identifiers
 from core4.api.browsers import add_headers, origins
 from core4.api.errors import ProblemProtocol, problems
 from core4.api.hub import Hub
@@ -22,6 +23,7 @@ from core4.api.keys import (
     CATALOGUE,
     CONTROLS,
     DATABASE,
+    EVENTS,
     HUB,
     LOGS,
     OPENAPI,
@@ -41,6 +43,7 @@ from core4.config import Settings
 from core4.controls import ControlStore
 from core4.database import Database
 from core4.errors import ConfigError
+from core4.events import EventStore
 from core4.logs import LOG, LogStore
 from core4.queues import JOURNAL, JobQueue
 from core4.queues import QUEUE as QUEUE_COLLECTION
@@ -73,6 +76,7 @@ def create_app(settings: Settings, database: Database) -> web.Application:
     app[WORKERS] = WorkerRegistry(database)
     app[CONTROLS] = ControlStore(database)
     app[USERS] = UserStore(database, settings)
+    app[EVENTS] = EventStore(database)
     app[THROTTLE] = Throttle()
     app[OPENAPI] = describe
     feed = ChangeFeed(database, [QUEUE_COLLECTION, JOURNAL, LOG])
@@ -172,8 +176,11 @@ async def _serve(settings: Settings, url: str) -> None:
         stop = stop_on_signals()
         async with listen(create_app(settings, database), settings.host, settings.port) as port:
             ready(log, host=settings.host, port=port)
+            events, name = EventStore(database), f"api@{socket.gethostname()}"
+            await events.tell("api.start", name, pid=os.getpid(), port=port, version=__version__)
             await stop.wait()
             log.info("stopping")
+            await events.tell("api.stop", name, pid=os.getpid(), port=port)
     finally:
         await database.close()
 

@@ -8,13 +8,14 @@ from urllib.parse import urlsplit
 
 from aiohttp import web
 
-from core4.api.keys import THROTTLE, TOKEN, TOKEN_TEXT, USERS
+from core4.api.keys import EVENTS, THROTTLE, TOKEN, TOKEN_TEXT, USERS
 from core4.config import is_loopback
 from core4.errors import TooManyRequests, Unauthenticated
 from core4.users import DEFAULT_USER, User
 
 COOKIE = "token"
 _SAFE = ("GET", "HEAD")
+_TOLD = ("", "audit")  # the key under which refusals that are told are counted
 
 
 async def authenticate(request: web.Request, *, ticket: bool = False, cookie: bool = True) -> User:
@@ -58,6 +59,10 @@ async def sign_in(request: web.Request, name: str, password: str) -> User:
 
     user = await request.app[USERS].verify(name, password, before_check=before_check)
     if user is None:
+        if guessed and not throttle.take(_TOLD):
+            # Bounded, whoever guesses: the audit must not be filled by strangers.
+            shown = name[:100].encode("ascii", "backslashreplace").decode()
+            await request.app[EVENTS].tell("session.refused", shown, remote=request.remote)
         raise Unauthenticated("user name or password is wrong")
     if guessed:
         throttle.give_back(key)

@@ -7,6 +7,7 @@ from typing import Any
 from aiohttp import web
 
 from core4.api.envelope import reply
+from core4.api.events import audited
 from core4.api.keys import CONTROLS, QUEUE, USER
 from core4.controls import view
 from core4.errors import Forbidden
@@ -24,14 +25,26 @@ async def show(request: web.Request, args: Args) -> web.Response:
 async def pause(request: web.Request, args: Args) -> web.Response:
     """PUT control/pause: start no more of these jobs; those that run go on."""
     user = _require_cop(request)
-    made = await request.app[CONTROLS].pause(args["scope"], args["target"], by=user, reason=args["reason"])
+    scope, target, reason = args["scope"], args["target"], args["reason"]
+    controls = request.app[CONTROLS]
+    made = await audited(
+        request,
+        "control.pause",
+        lambda: controls.pause(scope, target, by=user, reason=reason),
+        scope=scope,
+        target=target,
+        reason=reason,
+    )
     return reply(request, vars(made))
 
 
 async def resume(request: web.Request, args: Args) -> web.Response:
     """PUT control/resume: end a pause; true if there was one."""
     _require_cop(request)
-    ended = await request.app[CONTROLS].resume(args["scope"], args["target"])
+    scope, target, controls = args["scope"], args["target"], request.app[CONTROLS]
+    ended = await audited(
+        request, "control.resume", lambda: controls.resume(scope, target), scope=scope, target=target
+    )
     # Also if there was none: somebody may have died between these two.
     await request.app[QUEUE].unpark(await request.app[CONTROLS].read())
     return reply(request, ended)
@@ -40,7 +53,11 @@ async def resume(request: web.Request, args: Args) -> web.Response:
 async def halt(request: web.Request, args: Args) -> web.Response:
     """PUT control/halt: end all workers that are up now, as a SIGTERM would."""
     user = _require_cop(request)
-    return reply(request, vars(await request.app[CONTROLS].halt(by=user, reason=args["reason"])))
+    reason, controls = args["reason"], request.app[CONTROLS]
+    made = await audited(
+        request, "control.halt", lambda: controls.halt(by=user, reason=reason), reason=reason
+    )
+    return reply(request, vars(made))
 
 
 def _require_cop(request: web.Request) -> str:

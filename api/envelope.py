@@ -12,7 +12,7 @@ from aiohttp import web
 
 from core4.api.encoding import dumps
 from core4.api.keys import REQUEST_ID
-from core4.queues import Page
+from core4.database import Page
 
 JSON = "application/json"
 

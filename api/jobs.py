@@ -17,6 +17,7 @@ from core4.api.envelope import page_reply, reply
 from core4.api.hub import REREAD, heard
 from core4.api.keys import CATALOGUE, CONTROLS, HUB, LOGS, QUEUE, REQUEST_ID, SETTINGS, USER, WORKERS
 from core4.api.streams import follow_job, job_headers
+from core4.database import Page
 from core4.errors import BadRequest, Forbidden, JobNotFound, KeyReused, UnknownJob
 from core4.filters import (
     CATALOGUE_FIELDS,
@@ -31,7 +32,6 @@ from core4.jobs import ROW_FIELDS, Job, JobOrder, canonical, derived_id, utcnow,
 from core4.options import OPTIONS
 from core4.orders import make_order
 from core4.permissions import Rights
-from core4.queues import Page
 from core4.results import has_ended
 from core4.states import WAITING, State
 

@@ -13,6 +13,7 @@ from core4.catalogue import Catalogue
 from core4.config import Settings
 from core4.controls import ControlStore
 from core4.database import Database
+from core4.events import EventStore
 from core4.logs import LogStore
 from core4.queues import JobQueue
 from core4.registry import WorkerRegistry
@@ -34,6 +35,7 @@ THROTTLE = web.AppKey("throttle", Throttle)
 HUB = web.AppKey("hub", Hub)
 # Not imported where it is needed: it describes those who need it.
 OPENAPI: web.AppKey[Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]] = web.AppKey("openapi")
+EVENTS = web.AppKey("events", EventStore)
 
 REQUEST_ID = web.RequestKey("request_id", str)
 USER = web.RequestKey("user", User)

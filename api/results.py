@@ -15,8 +15,8 @@ from bson import ObjectId
 from core4.api.envelope import page_reply, reply
 from core4.api.jobs import find, limit_to, wait_for, whole
 from core4.api.keys import QUEUE, USER
+from core4.database import Page
 from core4.errors import Conflict, JobNotFound, ResultGone
-from core4.queues import Page
 from core4.results import FIELDS, Status, has_ended, result_of
 from core4.states import IDLE, State
 

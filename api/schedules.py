@@ -15,6 +15,7 @@ from bson import ObjectId
 
 from core4 import cron, schedules
 from core4.api.envelope import page_reply, reply
+from core4.api.events import audited
 from core4.api.jobs import idempotency_key, unserved, whole
 from core4.api.keys import CATALOGUE, QUEUE, REQUEST_ID, SCHEDULES, SETTINGS, USER
 from core4.api.streams import job_headers
@@ -74,7 +75,10 @@ async def change(request: web.Request, args: Args) -> web.Response:
     fields = {key: value for key, value in args.items() if key in FIELDS}
     if known is not None and fields.get("qual_name") == known.qual_name:
         del fields["qual_name"]  # that is no change, so not the operator's word
-    schedule = await whole(request.app[SCHEDULES].set(name, fields, by=request[USER].name))
+    store, by = request.app[SCHEDULES], request[USER].name
+    schedule = await audited(
+        request, "schedule.change", lambda: store.set(name, fields, by=by), schedule=name, fields=fields
+    )
     namespace = schedule.namespace or entry.get("namespace") or "DEFAULT"
     return await _shown(request, schedule, flash=await unserved(request, schedule.qual_name, namespace))
 
@@ -103,25 +107,26 @@ async def _checked_entry(request: web.Request, known: Schedule | None, args: Arg
 
 async def pause(request: web.Request, args: Args) -> web.Response:
     """PUT schedule/pause/<name>: fire no more until resumed."""
-    schedule = await _find(request, "x")
-    by = request[USER].name
-    return await _shown(request, await whole(request.app[SCHEDULES].pause(schedule.name, by=by)))
+    name, store, by = (await _find(request, "x")).name, request.app[SCHEDULES], request[USER].name
+    changed = await audited(request, "schedule.pause", lambda: store.pause(name, by=by), schedule=name)
+    return await _shown(request, changed)
 
 
 async def resume(request: web.Request, args: Args) -> web.Response:
     """PUT schedule/resume/<name>: fire again, from now on."""
-    schedule = await _find(request, "x")
-    by = request[USER].name
-    return await _shown(request, await whole(request.app[SCHEDULES].resume(schedule.name, by=by)))
+    name, store, by = (await _find(request, "x")).name, request.app[SCHEDULES], request[USER].name
+    changed = await audited(request, "schedule.resume", lambda: store.resume(name, by=by), schedule=name)
+    return await _shown(request, changed)
 
 
 async def reset(request: web.Request, args: Args) -> web.Response:
     """PUT schedule/reset/<name>: take the operator's word back, on `fields` or on all."""
-    schedule = await _find(request, "x")
-    by = request[USER].name
-    return await _shown(
-        request, await whole(request.app[SCHEDULES].reset(schedule.name, args["fields"], by=by))
+    name, store, by = (await _find(request, "x")).name, request.app[SCHEDULES], request[USER].name
+    fields = args["fields"]
+    changed = await audited(
+        request, "schedule.reset", lambda: store.reset(name, fields, by=by), schedule=name, fields=fields
     )
+    return await _shown(request, changed)
 
 
 async def trigger(request: web.Request, args: Args) -> web.Response:
@@ -140,8 +145,8 @@ async def trigger(request: web.Request, args: Args) -> web.Response:
 
 async def delete(request: web.Request, args: Args) -> web.Response:
     """DELETE schedule/<name>: forget one that an operator made, or that the code has withdrawn."""
-    schedule = await _find(request, "x")
-    await whole(request.app[SCHEDULES].delete(schedule.name))
+    name, store = (await _find(request, "x")).name, request.app[SCHEDULES]
+    await audited(request, "schedule.delete", lambda: store.delete(name), schedule=name)
     return reply(request, True)
 
 

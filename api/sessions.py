@@ -8,7 +8,7 @@ from aiohttp import web
 
 from core4.api.auth import COOKIE, authenticate, sign_in
 from core4.api.envelope import reply
-from core4.api.keys import TOKEN, TOKEN_TEXT, USER, USERS
+from core4.api.keys import EVENTS, TOKEN, TOKEN_TEXT, USER, USERS
 from core4.errors import BadRequest
 from core4.users import User
 
@@ -17,7 +17,9 @@ Args = dict[str, Any]
 
 async def login(request: web.Request, args: Args) -> web.Response:
     """GET or POST login: a bearer token for whoever proves who he is."""
-    token, expires = await request.app[USERS].issue(await _whoever(request, args))
+    user = await _whoever(request, args)
+    token, expires = await request.app[USERS].issue(user)
+    await request.app[EVENTS].tell("session.login", user.name, remote=request.remote)
     response = reply(request, {"token": token, "expires": expires}, headers={"token": token})
     _set_cookie(request, response, token)
     return response

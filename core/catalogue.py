@@ -8,9 +8,8 @@ from typing import Any
 
 from pymongo.errors import DuplicateKeyError
 
-from core4.database import Database, Document
+from core4.database import Database, Document, Page
 from core4.jobs import utcnow
-from core4.queues import Page
 
 CATALOGUE = "sys.job"
 

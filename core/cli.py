@@ -19,6 +19,7 @@ import click
 from core4.commands_authors import init, run
 from core4.commands_control import controls, halt, pause, resume
 from core4.commands_doctor import doctor
+from core4.commands_events import counts, events
 from core4.commands_jobs import job, workers
 from core4.commands_schedules import schedule
 from core4.console import JSON_OPTION, UNREACHABLE, USAGE, echo_error, load_settings, show_rows
@@ -100,7 +101,7 @@ def core4(context: click.Context, config: str | None) -> None:
     context.obj = config
 
 
-for each in (init, run, job, schedule, workers, pause, resume, controls, halt, doctor):
+for each in (init, run, job, schedule, workers, pause, resume, controls, halt, doctor, events, counts):
     core4.add_command(each)
 
 
@@ -285,27 +286,45 @@ def user() -> None:
     """
 
 
-def _with_users(action: Callable[[UserStore], Awaitable[T]]) -> T:
+def _with_users(action: Callable[[UserStore], Awaitable[T]], name: str | None = None, **data: Any) -> T:
+    """Act on the users; what changes them has a `name` and gets its line in the audit."""
     import asyncio
 
     from core4.database import Database
     from core4.embedded import database_url
+    from core4.events import EventStore
     from core4.users import UserStore
 
     settings = load_settings()
 
     async def act(url: str) -> T:
         database = await Database.connect(url, settings.mongo_database)
-        users = UserStore(database, settings)
+        users, events = UserStore(database, settings), EventStore(database)
         try:
             await users.prepare()
-            return await action(users)
+            if name is None:
+                return await action(users)
+            await events.prepare()
+            async with events.action(name, _operator(), **data):
+                return await action(users)
         finally:
             users.close()
             await database.close()
 
     with database_url(settings, start=True) as url:
         return asyncio.run(act(url))
+
+
+def _operator() -> str:
+    """Who sits at this machine, as far as it knows: these commands need no sign-in."""
+    import getpass
+    import socket
+
+    try:
+        name = getpass.getuser()
+    except (KeyError, OSError):  # a number without a name, as in a container
+        name = str(os.getuid())
+    return f"{name}@{socket.gethostname()}"
 
 
 def _new_password(name: str) -> str:
@@ -341,7 +360,9 @@ def user_add(name: str, rights: tuple[str, ...]) -> None:
       pass show core4/carol | core4 user add carol --allow 'job://my_jobs\\..*/x'
     """
     password = _new_password(name)
-    _with_users(lambda users: users.add(name, password, list(rights)))
+    _with_users(
+        lambda users: users.add(name, password, list(rights)), "user.add", user=name, rights=list(rights)
+    )
     click.echo(
         f"user {name} is created" + ("" if rights else "; without --allow it may sign in, but see no job")
     )
@@ -363,6 +384,28 @@ def user_list(output: str) -> None:
     show_rows(rows, ["name", "active", "rights"], output)
 
 
+@user.command("rights")
+@click.argument("name")
+@click.option(
+    "--allow",
+    "rights",
+    multiple=True,
+    metavar="RIGHT",
+    help="As for `user add`; repeatable. Without any the user may see no job.",
+)
+def user_rights(name: str, rights: tuple[str, ...]) -> None:
+    """Give a user these rights instead of those before.
+
+    \b
+    Example:
+      core4 user rights carol --allow 'job://reports\\..*/x' --allow 'job://.*/r'
+    """
+    _with_users(
+        lambda users: users.set_rights(name, list(rights)), "user.rights", user=name, rights=list(rights)
+    )
+    click.echo(f"{name} has " + (", ".join(rights) if rights else "no rights"))
+
+
 @user.command("passwd")
 @click.argument("name")
 def user_passwd(name: str) -> None:
@@ -373,7 +416,7 @@ def user_passwd(name: str) -> None:
       core4 user passwd admin
     """
     password = _new_password(name)
-    _with_users(lambda users: users.set_password(name, password))
+    _with_users(lambda users: users.set_password(name, password), "user.passwd", user=name)
     click.echo(f"the password of {name} is changed")
 
 
@@ -386,7 +429,7 @@ def user_enable(name: str) -> None:
     Example:
       core4 user enable carol
     """
-    _with_users(lambda users: users.disable(name, active=True))
+    _with_users(lambda users: users.disable(name, active=True), "user.enable", user=name)
     click.echo(f"{name} can sign in")
 
 
@@ -399,5 +442,5 @@ def user_disable(name: str) -> None:
     Example:
       core4 user disable carol
     """
-    _with_users(lambda users: users.disable(name))
+    _with_users(lambda users: users.disable(name), "user.disable", user=name)
     click.echo(f"{name} can no longer sign in")

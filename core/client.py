@@ -410,6 +410,17 @@ class Client:
         rows: Documents = self._call("GET", "worker")["data"]
         return rows
 
+    def events(self, **query: Any) -> Page:
+        """Who did what, newest first; for administrators. `query`: page, per_page, filter, sort."""
+        return self._page("event", query)
+
+    def state_history(
+        self, *, since: str | None = None, until: str | None = None, page: int = 0, per_page: int = 10
+    ) -> Page:
+        """State counts of the queue per bucket of time, newest first; times in ISO form, UTC."""
+        query = {"startDate": since, "endDate": until, "page": page, "perPage": per_page}
+        return self._page("queue/history", query)
+
     def controls(self) -> Document:
         """What is paused, by whom and why, how many of its jobs run and are held; the last halt."""
         found: Document = self._call("GET", "control")["data"]

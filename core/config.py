@@ -175,6 +175,16 @@ def _seconds(default: float | None, doc: str, *, least: float = 0.05, most: floa
     )
 
 
+def _days(default: float, doc: str) -> Any:
+    return _setting(
+        default,
+        fields.Float(validate=validate.Range(0, 36500)),
+        "a number from 0 to 36500; 0 keeps for ever",
+        doc,
+        unit="days",
+    )
+
+
 def _count(default: int | None, doc: str, *, least: int = 1, most: int = 10_000) -> Any:
     parser = fields.Integer(strict=True, validate=validate.Range(least, most))
     return _setting(default, parser, f"a whole number from {least} to {most}", doc)
@@ -319,12 +329,20 @@ class Settings:
         3, "Crashes of its process or worker after which a job ends as error.", most=1000
     )
     max_claims: int = _count(10, "Claims without a start after which a job ends as error.", most=1000)
-    keep_stopped_days: float = _setting(
+    keep_stopped_days: float = _days(
+        30.0, "Age after which stopped jobs (error, killed, inactive) leave the queue for the journal."
+    )
+    keep_journal_days: float = _days(
         30.0,
-        fields.Float(validate=validate.Range(0.01, 36500)),
-        "a number from 0.01 to 36500",
-        "Age after which stopped jobs (error, killed, inactive) leave the queue for the journal.",
-        unit="days",
+        "Age, since they came there, after which jobs are deleted from the journal with their logs.",
+    )
+    keep_log_days: float = _days(
+        30.0, "Age after which log lines are deleted, but those of a job that is not over."
+    )
+    keep_event_days: float = _days(365.0, "Age after which lines of the audit are deleted.")
+    clean_every: float = _seconds(300.0, "How often a worker looks for what is too old.", least=0.1)
+    count_every: float = _seconds(
+        20.0, "How often the jobs in the queue are counted by state, for their history.", least=1, most=3600
     )
     token_ttl: float = _seconds(3600.0, "Life of a bearer token.", least=1, most=365 * 86400)
     bcrypt_cost: int = _count(

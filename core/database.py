@@ -10,6 +10,7 @@ import asyncio
 import os
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -36,6 +37,16 @@ GOING_DOWN = frozenset(
 _BUSY = frozenset(
     {24, 50, 112, 262, 11601, 14031}
 )  # locks, time limits, conflicts, interruption, a full disk
+
+
+@dataclass(frozen=True)
+class Page:
+    """One page of stored documents and how many there are behind the filter."""
+
+    rows: list[Document]
+    total: int
+    page: int
+    per_page: int
 
 
 class Database:

@@ -420,7 +420,7 @@ class Doctor:
         try:
             match finding.kind:
                 case "log_orphan":
-                    await self._logs.forget(job_id)
+                    await self._logs.forget([job_id])
                 case "twice":
                     await self._queue.drop_twin(job_id)
                 case "journal_open":

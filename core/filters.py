@@ -268,6 +268,11 @@ SCHEDULE_FIELDS: Mapping[str, Field] = {
     **_fields(date, "cursor created_at updated_at"),
 }
 
+EVENT_FIELDS: Mapping[str, Field] = {
+    **_fields(text, "_id name author request_id job_id qual_name outcome"),
+    **_fields(date, "created"),
+}
+
 LOG_FIELDS: Mapping[str, Field] = {
     **_fields(text, "level hostname source message"),
     **_fields(number, "levelno epoch seq"),

@@ -283,8 +283,15 @@ def entry(
     lease: str | None = None,
     log_seq: int = 0,
     by: str | None = None,
+    ended: str | None = None,
+    started: datetime | None = None,
 ) -> dict[str, Any]:
-    """One line of a job's history: the transition that revision `rev` made, and why."""
+    """One line of a job's history: the transition that revision `rev` made, and why.
+
+    `lease` is that of the holder who wrote it. A line with which an attempt ended, whoever wrote it, has
+    the lease that `ended` and when the attempt had `started`; one that never started has no start.
+    """
+    end = {} if ended is None else {"ended": ended, "started": started}
     return {
         "rev": rev,
         "state": state.value,
@@ -295,6 +302,7 @@ def entry(
         "lease": lease,
         "log_seq": log_seq,
         "by": by,
+        **end,
     }
 
 

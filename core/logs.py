@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -11,12 +11,16 @@ from bson import ObjectId
 from pymongo import IndexModel
 from pymongo.errors import DuplicateKeyError
 
-from core4.database import Database, Document
+from core4.database import Database, Document, Page
 from core4.jobs import Job
-from core4.queues import Page
 
 LOG = "sys.log"
-INDEXES = {LOG: (IndexModel([("job", 1), ("seq", 1)], name="job", unique=True),)}
+INDEXES = {
+    LOG: (
+        IndexModel([("job", 1), ("seq", 1)], name="job", unique=True),
+        IndexModel([("created", 1)], name="created"),
+    )
+}
 LEVELS = {"DEBUG": 10, "INFO": 20, "WARNING": 30, "ERROR": 40, "CRITICAL": 50}
 WINDOW = 500  # jobs that `jobs` gives at once
 FIRST_CHUNKS, CHUNKS = 2, 20  # read at once by `tail`, at first and at most: who wants little reads little
@@ -121,10 +125,6 @@ class LogStore:
         if window:
             yield window
 
-    async def forget(self, job_id: ObjectId) -> None:
-        """Delete all lines of a job."""
-        await self._log.delete_many({"job": job_id})
-
     async def count(self, job_id: ObjectId) -> int:
         """Number of lines of a job."""
         chunks = await self._log.find({"job": job_id}, {"count": 1}).to_list(None)
@@ -134,6 +134,18 @@ class LogStore:
         """Number of the last line stored; 0 if there is none."""
         chunks = await self._log.find({"job": job_id}, {"last": 1}).sort("seq", -1).limit(1).to_list(None)
         return int(chunks[0]["last"]) if chunks else 0
+
+    async def older(self, before: datetime, limit: int) -> set[ObjectId]:
+        """Jobs with lines from before that time, up to `limit` chunks of them, those of the oldest first."""
+        found = self._log.find({"created": {"$lt": before}}, {"job": 1}).sort("created", 1).limit(limit)
+        return {chunk["job"] for chunk in await found.to_list(None)}
+
+    async def forget(self, ids: Collection[ObjectId], before: datetime | None = None) -> int:
+        """Delete the lines of these jobs, or those from before a time; the number of chunks."""
+        if not ids:
+            return 0
+        where: Document = {"job": {"$in": list(ids)}, **({"created": {"$lt": before}} if before else {})}
+        return (await self._log.delete_many(where)).deleted_count
 
     async def _range(self, job_id: ObjectId, first: int, stop: int) -> list[Document]:
         """The lines from the first-th to before the stop-th, reading no chunk in vain."""

@@ -14,7 +14,7 @@ import random
 import uuid
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime, timedelta
 from functools import partial
 from typing import Any, Literal
@@ -24,16 +24,17 @@ from bson.errors import BSONError
 from pymongo import IndexModel
 from pymongo.errors import ConnectionFailure, DocumentTooLarge, DuplicateKeyError, PyMongoError, WriteError
 
-from core4 import jobs, sanity, states, transitions
+from core4 import identifiers, jobs, sanity, states, transitions
 from core4.config import Settings
 from core4.controls import Controls, RateStore, Starts
-from core4.database import Database, Document, refuses_content
+from core4.database import Database, Document, Page, refuses_content
 from core4.errors import JobExists, JobNotFound, LeaseLost, Unavailable
+from core4.events import EventStore, audit_of
 from core4.jobs import FORCED_BELOW, HISTORY_LIMIT, Job, JobOrder, Lease, Owner, utcnow
 from core4.options import DEFAULTS
 from core4.results import has_ended
 from core4.retries import Outcome
-from core4.states import FINAL, WAITING, Flag, State
+from core4.states import FINAL, STOPPED, WAITING, Flag, State
 from core4.transitions import Change
 
 log = logging.getLogger(__name__)
@@ -69,31 +70,26 @@ INDEXES: Mapping[str, Sequence[IndexModel]] = {
         IndexModel([("expires", 1)], name="expires", sparse=True),
         IndexModel([("settle", 1)], name="settle", sparse=True),
         IndexModel([("request_id", 1)], name="request_id"),
+        IndexModel([("audit", 1)], name="audit", sparse=True),
+        IndexModel([("stopped_at", 1)], name="stopped_at", sparse=True),
     ),
     JOURNAL: (
         IndexModel([("name", 1), ("_id", 1)], name="name"),
         IndexModel([("request_id", 1)], name="request_id"),
         IndexModel([("state", 1), ("_id", 1)], name="state"),
         IndexModel([("settle", 1)], name="settle", sparse=True),
+        IndexModel([("audit", 1)], name="audit", sparse=True),
+        IndexModel([("journaled_at", 1)], name="journaled_at", sparse=True),
     ),
 }
 
 Action = Literal["kill", "restart", "remove"]
 
 _NO_CONTROLS = Controls()
+KEYED = timedelta(hours=24)  # that an Idempotency-Key holds at least
 PEEK = 64  # candidates read at once where the server cannot limit a scan
 WOKEN = 64  # jobs of a name read and woken at once
 RETRIES = 100  # of one decision, if others keep writing the same job
-
-
-@dataclass(frozen=True)
-class Page:
-    """One page of stored documents and how many there are behind the filter."""
-
-    rows: list[Document]
-    total: int
-    page: int
-    per_page: int
 
 
 class JobQueue:
@@ -105,11 +101,13 @@ class JobQueue:
         self._queue = database.collection(QUEUE)
         self._journal = database.collection(JOURNAL)
         self._rates = RateStore(database)
+        self._events = EventStore(database)
         self._horizon: dict[str, int] = {}
 
     async def prepare(self) -> None:
         """Make the indexes that are missing."""
         await self._database.ensure_indexes(INDEXES)
+        await self._events.prepare()
 
     # ------------------------------------------------------------------ enqueue and read
 
@@ -496,7 +494,8 @@ class JobQueue:
         if child_id is not None and (wish or await self._is_open(child_id, seen)):
             return child_id, None
         child_id = jobs.derived_id(seen.id, "restart", seen.document.get("restarts", 0))
-        return child_id, transitions.link(seen, child_id, by, hostname, wish=wish)
+        request_id = identifiers.request_id()
+        return child_id, transitions.link(seen, child_id, by, hostname, wish=wish, request_id=request_id)
 
     async def would(self, action: Action, job_id: ObjectId) -> tuple[Job, bool]:
         """The job as it is, and whether `action` would change it now. Writes nothing.
@@ -669,11 +668,13 @@ class JobQueue:
         return rescued
 
     async def sweep(self, limit: int = 500) -> int:
-        """Do what a dead process left undone: children not yet made, finished jobs not yet journaled."""
+        """Do what a dead process left undone: children not made, jobs not journaled, actions not told."""
         done = 0
         for table, journal in ((self._queue, False), (self._journal, True)):
             for document in await table.find({"settle": True}).limit(limit).to_list(None):
                 done += await self._try_settle(Job.from_document(document, journal=journal))
+            for document in await table.find({"audit": True}).limit(limit).to_list(None):
+                await self._try_tell(Job.from_document(document, journal=journal))
         return done
 
     # ------------------------------------------------------------------ repairs, for `core4.doctor`
@@ -735,13 +736,56 @@ class JobQueue:
         await self._journal.delete_one({"_id": job_id, "rev": found["rev"], "state": found["state"]})
         await self.mend(job_id, by=by)
 
+    # ------------------------------------------------------------------ retention, by any worker
+
+    async def retire(self, before: datetime, limit: int) -> int:
+        """Let stopped jobs go that ended before that time, up to `limit`; how many have."""
+        found = self._queue.find({"stopped_at": {"$lt": before}}).sort("stopped_at", 1).limit(limit)
+        done = 0
+        for document in await found.to_list(None):
+            seen = Job.from_document(document)
+            if seen.state in STOPPED:
+                done += await self._cas_and_settle(seen, transitions.retire(seen))
+        return done
+
+    async def opened(self, ids: Collection[ObjectId]) -> set[ObjectId]:
+        """Those of the jobs that are in the queue and not over."""
+        found = self._queue.find({"_id": {"$in": list(ids)}}, {"state": 1})
+        return {row["_id"] for row in await found.to_list(None) if row["state"] not in FINAL}
+
+    async def forgettable(self, before: datetime, limit: int) -> list[ObjectId]:
+        """Up to `limit` jobs that are in the journal since before that time, and that nothing needs any more.
+
+        Needed are a job whose move or restart is not done; one whose `Idempotency-Key` may still be sent
+        again; and one whose parent goes on, which must find its child should it ask for it once more.
+        """
+        low: datetime | None = None
+        names = ("journaled_at", "settle", "audit", "outbox", "request_hash", "enqueued")
+        while True:
+            span = {"$lt": before, **({"$gte": low} if low else {})}
+            found = self._journal.find({"journaled_at": span}, list(names))
+            rows = await found.sort("journaled_at", 1).limit(limit).to_list(None)
+            parents = await self.opened({row["enqueued"]["parent_id"] for row in rows} - {None})
+            young = utcnow() - KEYED
+            free = [row["_id"] for row in rows if not _needed(row, parents, young)]
+            if free or len(rows) < limit or rows[-1]["journaled_at"] == low:
+                return free
+            low = rows[-1]["journaled_at"]  # all of these are needed: look behind them
+
+    async def forget(self, ids: Collection[ObjectId], before: datetime) -> int:
+        """Delete these jobs from the journal, unless something has been begun with them meanwhile."""
+        if not ids:
+            return 0
+        where = {"_id": {"$in": list(ids)}, "journaled_at": {"$lt": before}, "settle": None, "audit": None}
+        return (await self._journal.delete_many(where)).deleted_count
+
     # ------------------------------------------------------------------ inside: writing
 
     async def _insert(self, document: Document) -> Job:
         for _ in range(3):
             try:
                 await self._queue.insert_one(document)
-                return Job.from_document(document)
+                return await self._try_tell(Job.from_document(document))
             except DuplicateKeyError as error:
                 # Its own id first: a job that is there may have lost its place, or violate both indexes.
                 found = await self.document(document["_id"])
@@ -816,6 +860,7 @@ class JobQueue:
 
     async def _cas(self, seen: Job, change: Change) -> Job | None:
         """Write `change` if the document is still the one that was `seen`; the job after it, or None."""
+        change = transitions.signed(change, identifiers.request_id())
         move = states.MOVES[change.move]
         target = State(change.set.get("state", seen.state))
         if seen.state not in move.sources or target not in move.targets:
@@ -835,7 +880,23 @@ class JobQueue:
             return None
         if "slot" in change.unset and seen.document.get("slot"):
             await self._try_wake(seen.document["slot_key"])
-        return Job.from_document(transitions.applied(seen.document, change, rev), journal=seen.journal)
+        after = Job.from_document(transitions.applied(seen.document, change, rev), journal=seen.journal)
+        return await self._try_tell(after) if change.set.get("audit") else after
+
+    async def _try_tell(self, job: Job) -> Job:
+        """Tell the audit what was done to a job; if it cannot be done now, a sweep or the move will."""
+        try:
+            await self._events.complete(audit_of(job.document))
+            if not job.document.get("audit"):
+                return job
+            table = self._journal if job.journal else self._queue
+            # Not a revision of its own: nothing that anybody decides on has changed.
+            await table.update_one({"_id": job.id, "rev": job.rev}, {"$unset": {"audit": 1}})
+        except PyMongoError as error:
+            log.warning("job.untold", extra={"job_id": str(job.id), "error": str(error)[:200]})
+            return job
+        told = {name: value for name, value in job.document.items() if name != "audit"}
+        return Job.from_document(told, journal=job.journal)
 
     async def _cas_and_settle(self, seen: Job, change: Change) -> int:
         after = await self._cas(seen, change)
@@ -970,8 +1031,13 @@ class JobQueue:
         """Copy to the journal, then delete exactly what was copied; repeatable by anyone at any point."""
         for _ in range(RETRIES):
             copy = {
-                key: value for key, value in job.document.items() if key not in ("settle", *transitions.LINE)
+                key: value
+                for key, value in job.document.items()
+                if key not in ("settle", "audit", "stopped_at", *transitions.LINE)
             }
+            copy["journaled_at"] = utcnow()
+            # No job leaves the queue before all that was done to it is told.
+            await self._events.complete(audit_of(job.document))
             try:
                 await self._journal.replace_one({"_id": job.id, "rev": {"$lt": job.rev}}, copy, upsert=True)
             except DuplicateKeyError:
@@ -983,6 +1049,12 @@ class JobQueue:
             if document is None:
                 return
             job = Job.from_document(document)
+
+
+def _needed(row: Document, parents: Collection[ObjectId], young: datetime) -> bool:
+    if row.get("settle") or row.get("audit") or row.get("outbox") or row["enqueued"]["parent_id"] in parents:
+        return True
+    return bool(row.get("request_hash")) and row["enqueued"]["at"] > young
 
 
 def _unstorable(why: str) -> Outcome:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from datetime import timedelta
+from datetime import datetime, timedelta
 from itertools import product
 from typing import Any
 
@@ -100,6 +100,11 @@ class WorkerRegistry:
                 )
                 buried += [worker["_id"]] if result.modified_count else []
         return buried
+
+    async def forget(self, before: datetime) -> int:
+        """Delete workers that ended before that time; how many."""
+        ended = {"state": {"$in": ["down", "dead"]}, "ended_at": {"$lt": before}}
+        return (await self._workers.delete_many(ended)).deleted_count
 
     async def alive_ids(self) -> set[str]:
         """The ids of all that have not been declared dead and have not left."""

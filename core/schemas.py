@@ -16,7 +16,7 @@ from marshmallow import INCLUDE, RAISE, Schema, ValidationError, fields, validat
 
 from core4 import timetable
 from core4.errors import JobInvalid
-from core4.filters import SEARCH, storable
+from core4.filters import SEARCH, date, storable
 from core4.jobs import NAMESPACE
 from core4.options import OPTIONS, problem
 from core4.permissions import NAME_LIMIT
@@ -272,6 +272,36 @@ class BulkArguments(Arguments):
     dry_run = Bool(load_default=False)
     limit = Int(load_default=100, validate=_within("limit", 1, 500))
     after = Text(load_default="")
+
+
+class EventArguments(PageArguments):
+    """Which lines of the audit; they are sorted by `created` only."""
+
+    sort = List(load_default=lambda: [["created", -1]])
+
+
+class Date(_Typed):
+    """A time in ISO form; UTC if it names no zone."""
+
+    as_type = "datetime"
+
+    def read(self, value: Any) -> Any:
+        return date(value)
+
+
+def _direction(value: int) -> None:
+    if value not in (1, -1):
+        raise ValidationError("parameter [sort] expected 1 or -1")
+
+
+class HistoryArguments(Arguments):
+    """A span of time; the names are core4's."""
+
+    page = Int(load_default=0, validate=_within("page", -_PAGE_LIMIT, _PAGE_LIMIT))
+    per_page = Int(load_default=10, data_key="perPage", validate=_within("perPage", 1, 500))
+    start_date = Date(load_default=None, data_key="startDate")
+    end_date = Date(load_default=None, data_key="endDate")
+    sort = Int(load_default=-1, validate=_direction)
 
 
 class EnqueueArguments(Arguments):

@@ -72,6 +72,7 @@ MOVES = MappingProxyType(
         "flag_kill": _move(_RUNNING, State.RUNNING),
         "kill": _move(IDLE, State.KILLED),
         "expire": _move({State.DEFERRED}, State.INACTIVE),
+        "retire": _move(STOPPED, *STOPPED),  # to the journal after a time, keeps the state
         "retry": _move({State.FAILED, State.DEFERRED}, State.FAILED, State.DEFERRED),
         "restart": _move(FINAL, *FINAL),  # names the child, keeps the state
         "wish_restart": _move(_RUNNING, State.RUNNING),  # while a kill is under way

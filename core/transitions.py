@@ -20,6 +20,19 @@ from core4.results import has_ended
 from core4.retries import Outcome, decide
 from core4.states import FINAL, Flag, State
 
+# What people and rescuers do: told in the audit under these words. All else is in the job's history.
+ACTIONS: Mapping[str, str] = {
+    "kill": "kill",
+    "flag_kill": "kill",
+    "restart": "restart",
+    "wish_restart": "restart",
+    "retry": "restart",
+    "remove": "remove",
+    "wish_remove": "remove",
+    "rescue": "rescue",
+    "reclaim": "rescue",
+    "mend": "mend",
+}
 LINE = ("due", "held", "query_at", "expires")  # what makes a job wait, and for what
 HOLD = ("lease", "slot")  # what the holder of a running job has
 ERROR_TEXT, TRACEBACK_TEXT = 16_384, 131_072  # characters kept of an exception and its traceback
@@ -34,6 +47,17 @@ class Change:
     unset: Collection[str] = ()
     entry: Mapping[str, Any] | None = None
     rev: int | None = None  # of the document afterwards, if not the next one
+
+
+def signed(change: Change, request_id: str | None) -> Change:
+    """The change as it is written: an action says that it is one, and has to be told in the audit."""
+    action = ACTIONS.get(change.move)
+    if action is None or change.entry is None:
+        return change
+    if action == "rescue" and change.set["state"] == State.ERROR:
+        action = "poison"
+    note = {**change.entry, "action": action, **({"request_id": request_id} if request_id else {})}
+    return replace(change, set={**change.set, "audit": True}, entry=note)
 
 
 def lease_of(job: Job) -> Lease:
@@ -56,7 +80,8 @@ def entry(
     lease: str | None = None,
     log_seq: int | None = None,
 ) -> dict[str, Any]:
-    """The history entry of the update that follows `seen`."""
+    """The history entry of the update that follows `seen`; that of an attempt's end tells all of it."""
+    ends = seen.state is State.RUNNING and state is not State.RUNNING
     return jobs.entry(
         seen.rev + 1,
         state,
@@ -67,6 +92,8 @@ def entry(
         lease=lease,
         log_seq=seen.log_seq if log_seq is None else log_seq,
         by=by,
+        ended=seen.lease.id if ends and seen.lease else None,
+        started=seen.started_at if ends and seen.claims == 0 else None,
     )
 
 
@@ -174,6 +201,8 @@ def finish(seen: Job, lease: Lease, outcome: Outcome, log_seq: int) -> Change | 
     if decision.query_at is not None:
         fields["query_at"] = decision.query_at
         fields |= {"held": "worker"} if seen.worker else {}
+    if decision.state is State.ERROR:
+        fields["stopped_at"] = now
     if decision.state is State.DEFERRED:
         fields["expires"] = seen.inactive_at
     fields |= _to_settle(seen, decision.state)
@@ -205,7 +234,14 @@ def killed(
 
 def ended(seen: Job, state: State) -> dict[str, Any]:
     """The fields of any final state but complete."""
-    return {"state": state.value, "finished_at": utcnow(), "locked": None, **_to_settle(seen, state)}
+    now = utcnow()
+    return {
+        "state": state.value,
+        "finished_at": now,
+        "stopped_at": now,
+        "locked": None,
+        **_to_settle(seen, state),
+    }
 
 
 def _to_settle(seen: Job, state: State) -> dict[str, Any]:
@@ -230,6 +266,8 @@ def _document_leaves(document: Mapping[str, Any]) -> bool:
         return State(document["state"]) is not State.RUNNING
     if document["state"] not in FINAL:
         return False
+    if document.get("retired_at"):
+        return True
     stays = document["state"] != State.COMPLETE and document.get("keep_stopped", True)
     return not stays or document["enqueued"].get("child_id") is not None
 
@@ -311,6 +349,13 @@ def remove(seen: Job, by: str) -> Change:
     return Change("wish_remove", {"removed_at": utcnow()}, entry=note)
 
 
+def retire(seen: Job) -> Change:
+    """A stopped job that nobody has restarted or removed leaves the queue."""
+    fields = {"retired_at": utcnow(), "settle": True}
+    note = entry(seen, seen.state, reason="stopped for longer than it is kept")
+    return Change("retire", fields, unset=("unique_key", "stopped_at"), entry=note)
+
+
 def expire(seen: Job) -> Change:
     """A deferred job past its window."""
     note = entry(seen, State.INACTIVE, reason="deferred past its window")
@@ -373,9 +418,11 @@ def _refused(seen: Job, text: str) -> Conflict:
     return Conflict(f"job [{seen.id}] " + text.format(state=state), job_id=str(seen.id), state=state)
 
 
-def link(seen: Job, child_id: ObjectId, by: str, hostname: str, *, wish: bool) -> Change:
+def link(
+    seen: Job, child_id: ObjectId, by: str, hostname: str, *, wish: bool, request_id: str | None = None
+) -> Change:
     """Name the child on its parent, and note it for whoever settles the parent."""
-    note = {"edge": "restart", "child_id": child_id, "by": by, "hostname": hostname}
+    note = {"edge": "restart", "child_id": child_id, "by": by, "hostname": hostname, "request_id": request_id}
     fields = {
         "enqueued.child_id": child_id,
         "restarts": seen.document.get("restarts", 0) + 1,

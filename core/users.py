@@ -33,7 +33,10 @@ from core4.permissions import Rights
 ROLE, TOKEN = "sys.role", "sys.token"
 INDEXES = {
     ROLE: (IndexModel([("name_lower", 1)], name="name_lower", unique=True),),
-    TOKEN: (IndexModel([("name_lower", 1)], name="name_lower"),),
+    TOKEN: (
+        IndexModel([("name_lower", 1)], name="name_lower"),
+        IndexModel([("expires", 1)], name="expires"),
+    ),
 }
 
 DEFAULT_USER = (
@@ -272,6 +275,10 @@ class UserStore:
             }
         )
         return text, expires
+
+    async def forget_tokens(self) -> int:
+        """Delete tokens and tickets that have expired, whoever had them; how many."""
+        return (await self._tokens.delete_many({"expires": {"$lt": utcnow()}})).deleted_count
 
     async def check(self, token: str) -> User | None:
         """The user of a bearer token that is valid now."""

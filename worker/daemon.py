@@ -26,6 +26,7 @@ from core4.config import Settings
 from core4.controls import CONTROL, Controls, ControlStore
 from core4.database import Database
 from core4.errors import JobInvalid, LeaseLost, Unavailable
+from core4.events import EventStore
 from core4.jobs import Job, Owner
 from core4.logs import LogStore
 from core4.queues import QUEUE, JobQueue
@@ -33,6 +34,7 @@ from core4.registry import WorkerRegistry
 from core4.schedules import SCHEDULE
 from core4.service import ready
 from core4.worker import linux
+from core4.worker.cleaner import Cleaner
 from core4.worker.executor import Execution
 from core4.worker.gate import Gate
 from core4.worker.handle import Launcher, LauncherDied, Loaded, load_all
@@ -72,6 +74,8 @@ class Worker:
         self._halted = asyncio.Event()
         self._scheduler = Scheduler.of_worker(database, settings, self._queue, lambda: self._controls)
         self._ingest = Ingest(database, settings, self._queue)
+        self._events = EventStore(database)
+        self._cleaner = Cleaner(database, settings, self._queue)
         self._feed = ChangeFeed(database, [QUEUE, SCHEDULE, CONTROL])
         self._database = database
         self._started_at: datetime | None = None  # by the database's clock
@@ -136,6 +140,7 @@ class Worker:
             self._feed.run(),
             self._keep_launcher(),
         ]
+        parts += [self._cleaner.run(), self._count()]
         if self._settings.scheduler:
             parts.append(self._scheduler.run(self._closing))
         if self._settings.ingest:
@@ -199,6 +204,26 @@ class Worker:
             version=__version__,
         )
         self._renewed = sent
+        await self._tell("start", version=__version__, namespaces=list(self._settings.namespaces))
+
+    async def _tell(self, what: str, **data: Any) -> None:
+        owner = self.owner
+        key = f"{owner.id}.{what}"
+        await self._events.tell(
+            f"worker.{what}", owner.worker, key=key, owner=owner.id, pid=owner.pid, **data
+        )
+
+    async def _count(self) -> None:
+        """Count the jobs by state now and then; one worker of all does it each time."""
+        every = self._settings.count_every
+        while True:
+            await asyncio.sleep(_jittered(every))
+            try:
+                now = await self._database.server_time()
+                if not await self._events.counted(now, every):
+                    await self._events.count(now, every, await self._queue.counts())
+            except _TROUBLE as error:
+                log.warning("worker.count_failed", extra={"error": str(error)[:200]})
 
     async def _insist(self, step: Callable[[], Awaitable[None]]) -> None:
         """Repeat a step until the database has done it."""
@@ -238,6 +263,7 @@ class Worker:
         try:
             async with asyncio.timeout(LAST_WORDS):
                 await self._hand_back(self.owner, "the worker stops")
+                await self._tell("stop")
         except _TROUBLE as error:
             # The others see that it is gone, only later.
             log.warning("worker.left_unsaid", extra={"error": str(error)[:200]})
@@ -560,6 +586,7 @@ class Worker:
             return
         for owner in await self._registry.bury(self._settings.dead_after):
             log.warning("worker.declared_dead", extra={"dead": owner})
+            await self._events.tell("worker.dead", self.owner.worker, key=f"{owner}.dead", owner=owner)
         rescued = await self._queue.rescue(self._registry.alive_ids)
         if rescued:
             log.warning("worker.rescued", extra={"jobs": rescued})

@@ -16,7 +16,15 @@ from core4 import timetable
 from core4.api.routes import ROUTES, Route
 from core4.cli import core4 as command_line
 from core4.config import FIELDS, OTHER_VARIABLES
-from core4.filters import CATALOGUE_FIELDS, JOB_FIELDS, LOG_FIELDS, OPERATORS, SCHEDULE_FIELDS, Field
+from core4.filters import (
+    CATALOGUE_FIELDS,
+    EVENT_FIELDS,
+    JOB_FIELDS,
+    LOG_FIELDS,
+    OPERATORS,
+    SCHEDULE_FIELDS,
+    Field,
+)
 from core4.findings import KINDS
 from core4.options import OPTIONS
 from core4.schemas import ScheduleValue
@@ -250,6 +258,7 @@ def filters() -> Iterator[str]:
             ("catalogue (``job/list``)", list(CATALOGUE_FIELDS)),
             ("schedules (``schedule``)", list(SCHEDULE_FIELDS)),
             ("log lines", list(LOG_FIELDS)),
+            ("audit (``event``)", list(EVENT_FIELDS)),
         )
     )
     yield from table((25, 75), ("Listing", "Fields"), rows)

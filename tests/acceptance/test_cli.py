@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     """One running stack for all tests of this file, with one slot."""
     home = tmp_path_factory.mktemp("stack")
     (home / "cli_jobs.py").write_text(JOBS)
-    with running_stack(home, "cli_jobs.py", CORE4_SLOTS="4") as stack:
+    with running_stack(home, "cli_jobs.py", CORE4_SLOTS="4", CORE4_COUNT_EVERY="1") as stack:
         yield stack
 
 
@@ -423,3 +424,45 @@ def test_many_from_a_file(cli: Cli, tmp_path: Path) -> None:
     path.write_text('{"qual_name": "cli_jobs.Held", "args": {"n": 799}}\n{')
     assert "line 2 is not JSON" in cli("job", "batch", str(path), code=2)
     assert cli.json("job", "history", "--filter", '{"args.n": 799}') == []
+
+
+def test_who_did_what(cli: Cli) -> None:
+    """Each action has its line, found by job and by author; users are changed at this machine."""
+    job_id = cli("job", "enqueue", "cli_jobs.Fails", "n=7101", "--worker", "nobody@nowhere").strip()
+    cli("job", "kill", job_id)
+    cli("user", "add", "carol", "--allow", "cop", CORE4_NEW_PASSWORD="secret")
+    cli("user", "add", "carol", code=2, CORE4_NEW_PASSWORD="secret")
+
+    rows = cli.json("events", "--job", job_id)
+    assert [(row["name"], row["author"], row["outcome"]) for row in rows] == [
+        ("job.kill", "admin", "done"),
+        ("job.enqueue", "admin", "done"),
+    ]
+    assert all(row["request_id"] for row in rows)
+    cli("user", "rights", "carol", "--allow", "job://cli_jobs/r")
+    cli("user", "rights", "nobody", code=2)
+    (unknown, changed) = cli.json("events", "--name", "user.rights")
+    assert (changed["outcome"], changed["data"]["rights"]) == ("done", ["job://cli_jobs/r"])
+    assert unknown["outcome"].startswith("refused: ")
+    (refused, added) = cli.json("events", "--name", "user.add", "--since", "2026-01-01")
+    assert added["data"] == {"user": "carol", "rights": ["cop"]}
+    assert (added["outcome"], refused["outcome"]) == ("done", "refused: user [carol] exists")
+    assert "secret" not in cli("events", "--name", "user.add")
+    assert {"api.start", "worker.start"} <= {row["name"] for row in cli.json("events", "--per-page", "500")}
+    cli("job", "remove", job_id)
+
+
+def test_counts_over_time(cli: Cli) -> None:
+    """Taken by a worker, told from the newest on."""
+    job_id = cli("job", "enqueue", "cli_jobs.Fails", "n=7102", "--worker", "nobody@nowhere").strip()
+
+    since = (datetime.now(UTC) - timedelta(hours=1)).isoformat()
+
+    def look() -> bool:
+        rows = cli.json("counts", "--since", since)
+        return bool(rows) and rows[0].get("pending", 0) >= 1
+
+    eventually(look, what="the waiting job is counted", every=0.5)
+    assert "pending" in cli("counts")
+    assert "endDate" in cli("counts", "--since", "2026-02-01", "--until", "2026-01-01", code=2)
+    cli("job", "remove", job_id)

@@ -22,6 +22,7 @@ from core4.config import Settings
 from core4.controls import Controls, ControlStore
 from core4.database import Database
 from core4.errors import Core4Error, Unavailable
+from core4.events import EventStore
 from core4.inbox import Inbox
 from core4.jobs import Job, JobOrder, Owner, derived_id, utcnow
 from core4.logs import LogStore
@@ -63,6 +64,7 @@ class Actor:
         self.users = UserStore(self.database, self.settings)
         self.controls = ControlStore(self.database)
         self.schedules = ScheduleStore(self.database)
+        self.events = EventStore(self.database)
         self.executions: dict[str, str] = {}
         self.kept: dict[str, Any] = {}
 

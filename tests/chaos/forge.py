@@ -12,7 +12,7 @@ from core4.database import Database
 from tests.chaos.checker import check
 from tests.chaos.client import Actor, fast_settings
 from tests.chaos.evidence import opened
-from tests.chaos.recovery import bury_others, gathered, recover
+from tests.chaos.recovery import all_told, bury_others, gathered, recover
 from tests.chaos.scenarios import SCENARIOS
 from tests.helpers import ROOT
 
@@ -64,6 +64,7 @@ async def judged(cell: Cell, url: str, name: str, home: Path) -> str | None:
                 await scenario.act(actor)
             await recover(actor)
             await scenario.proof(actor)
+            await all_told(actor)
         verdict = check(await gathered(database, home / "history", home / "ledger", pauses=scenario.overlaps))
         return None if verdict.ok else str(verdict)
     except AssertionError as error:

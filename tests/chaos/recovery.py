@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from core4.database import Database
+from core4.events import audit_of
 from tests.chaos.client import Actor
 from tests.chaos.evidence import Document, Evidence, read_history, read_ledger
 
@@ -40,6 +41,15 @@ async def _is_still(database: Database) -> bool:
 
 def _is_at_rest(document: Document) -> bool:
     return document["state"] in ("error", "killed", "inactive", "complete") and not document.get("settle")
+
+
+async def all_told(actor: Actor) -> None:
+    """Every action that a job's document tells has its line in the audit; AssertionError if not."""
+    for table in ("sys.queue", "sys.journal"):
+        for document in await actor.database.collection(table).find({"decoy": None}).to_list(None):
+            told = await actor.events.page({"job_id": str(document["_id"])}, per_page=500)
+            missing = {line["_id"] for line in audit_of(document)} - {row["_id"] for row in told.rows}
+            assert not missing, f"not told: {missing}"
 
 
 async def dumped(database: Database) -> dict[str, list[dict[str, Any]]]:

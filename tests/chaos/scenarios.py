@@ -637,3 +637,85 @@ async def one_dead_letter(actor: Actor) -> None:
 scenario("message-send", send, publish, proof=one_job_of_it, repeat=True)
 scenario("message-take", ingest, after(publish, send), proof=one_job_of_it, repeat=True)
 scenario("message-bury", ingest, send_malformed, proof=one_dead_letter, repeat=True)
+
+# ---------------------------------------------------------------------- audit, counts and retention
+
+LATER = timedelta(days=1)  # everything is older than that ago
+
+
+async def act_audited(actor: Actor) -> None:
+    async with actor.events.action("test.act", "chaos"):
+        await actor.controls.pause("job", NAME, by="chaos")
+
+
+async def act_is_told(actor: Actor) -> None:
+    """An action without its line cannot exist."""
+    if (await actor.controls.read()).pauses:
+        assert (await actor.events.page({"name": "test.act"})).total >= 1
+
+
+async def count_states(actor: Actor) -> None:
+    now = utcnow()
+    await actor.events.count(now, 20, {"pending": 1})
+    await actor.events.count(now, 20, {"pending": 2})
+
+
+async def states_are_counted(actor: Actor) -> None:
+    now = utcnow()
+    (newest, *_) = (await actor.events.history(now - LATER, now)).rows
+    assert newest["total"] == 2
+
+
+async def retire(actor: Actor) -> None:
+    await actor.queue.retire(utcnow() + LATER, 10)
+
+
+async def is_retired(actor: Actor) -> None:
+    assert await actor.database.collection(QUEUE).find_one({}) is None
+    assert await actor.database.collection(JOURNAL).find_one({}) is not None
+
+
+async def nothing_is_left(actor: Actor) -> None:
+    """Neither the decoy nor its log; what the checker judges was made afterwards."""
+    for table in (JOURNAL, "sys.log"):
+        assert await actor.database.collection(table).find_one({"decoy": True}) is None
+
+
+async def decoy(actor: Actor) -> None:
+    """An old job with a line of log, which no client has ever asked for."""
+    old = ObjectId()
+    row = {"_id": old, "decoy": True, "journaled_at": utcnow() - LATER, "enqueued": {"parent_id": None}}
+    await actor.database.collection(JOURNAL).insert_one(row)
+    line = {"job": old, "seq": 1, "decoy": True, "created": utcnow() - LATER}
+    await actor.database.collection("sys.log").insert_one(line)
+
+
+async def forget_decoy(actor: Actor) -> None:
+    before = utcnow() - timedelta(hours=1)
+    ids = await actor.queue.forgettable(before, 10)
+    await actor.logs.forget(ids)
+    await actor.queue.forget(ids, before)
+
+
+async def forget_the_rest(actor: Actor) -> None:
+    await actor.events.forget(utcnow() + LATER, 10)
+    await actor.events.forget_counts(utcnow() + timedelta(days=8), 10)
+    await actor.registry.forget(utcnow() + LATER)
+    await actor.users.forget_tokens()
+
+
+async def the_rest_is_gone(actor: Actor) -> None:
+    assert (await actor.events.page({"name": "test.act"})).total == 0
+
+
+scenario("audited", act_audited, proof=act_is_told, repeat=True)
+scenario("count-states", count_states, proof=states_are_counted, repeat=True)
+scenario("retire", retire, finished("failed", attempts=1), proof=is_retired, repeat=True)
+scenario("forget-jobs", forget_decoy, decoy, proof=nothing_is_left, repeat=True)
+scenario(
+    "forget-the-rest",
+    forget_the_rest,
+    after(act_audited, lambda actor: actor.controls.resume("job", NAME)),
+    proof=the_rest_is_gone,
+    repeat=True,
+)

@@ -25,13 +25,16 @@ LAYERS = (
         "timetable orders sanity findings messages",
     ),
     ("ground", "config faults database changes service embedded identifiers"),
-    ("stores", "controls queues bulk catalogue registry logs users schedules doctor brokers inbox rabbit"),
+    (
+        "stores",
+        "controls events queues bulk catalogue registry logs users schedules doctor brokers inbox rabbit",
+    ),
     ("authors", "tasks context attempts discovery testing examples producers"),
     ("sides", "api worker"),
     (
         "doors",
         "cli stack client console display demo __main__ "
-        "commands_authors commands_batch commands_bulk commands_control commands_doctor "
+        "commands_authors commands_batch commands_bulk commands_control commands_doctor commands_events "
         "commands_jobs commands_schedules",
     ),
 )
