@@ -886,9 +886,10 @@ class JobQueue:
     async def _try_tell(self, job: Job) -> Job:
         """Tell the audit what was done to a job; if it cannot be done now, a sweep or the move will."""
         try:
-            await self._events.complete(audit_of(job.document))
-            if not job.document.get("audit"):
+            if not job.document.get("audit"):  # just enqueued
+                await self._events.add(audit_of(job.document))
                 return job
+            await self._events.complete(audit_of(job.document))
             table = self._journal if job.journal else self._queue
             # Not a revision of its own: nothing that anybody decides on has changed.
             await table.update_one({"_id": job.id, "rev": job.rev}, {"$unset": {"audit": 1}})
