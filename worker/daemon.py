@@ -38,7 +38,7 @@ from core4.worker.cleaner import Cleaner
 from core4.worker.executor import Execution
 from core4.worker.gate import Gate
 from core4.worker.handle import Launcher, LauncherDied, Loaded, load_all
-from core4.worker.host import Hosts
+from core4.worker.host import Host, Hosts
 from core4.worker.ingest import Ingest
 from core4.worker.scheduler import Scheduler
 
@@ -465,8 +465,9 @@ class Worker:
             await self._look_at_crowds()
 
     async def _look_at_crowds(self) -> None:
-        """Find the jobs that make more and more processes; one look at all processes is for all jobs."""
-        keepers = {each.keeper: each for each in self._executions.values() if each.keeper is not None}
+        """Find the jobs and hosts that make more and more processes; one look at all is for all of them."""
+        parts: tuple[Execution | Host, ...] = (*self._executions.values(), *self._hosts.alive)
+        keepers = {each.keeper: each for each in parts if each.keeper is not None}
         if not keepers:
             return
         for keeper, count in (await asyncio.to_thread(linux.crowds, list(keepers))).items():

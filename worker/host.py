@@ -108,9 +108,10 @@ class InlineJob:
 class Host:
     """One host process with its jobs; `start` jobs on it while it is `usable`."""
 
-    def __init__(self, process: JobProcess, launcher: Launcher, block: float, context: Context) -> None:
-        self._process, self.launcher, self._block, self._context = process, launcher, block, context
-        self.pid = process.pid
+    def __init__(self, process: JobProcess, launcher: Launcher, settings: Settings, context: Context) -> None:
+        self._process, self.launcher, self._context = process, launcher, context
+        self._block, self._most_processes = settings.inline_block, settings.max_processes
+        self.pid, self.keeper = process.pid, process.keeper
         self.usable = True
         self.ended = asyncio.Event()
         self._retired = False
@@ -196,6 +197,15 @@ class Host:
         if not job.end.done():
             condemned = {number for number, one in self._jobs.items() if one.condemned}
             self._end(condemned, f"inline host ended: job {job.job_id} did not end when it was told to")
+
+    def count(self, processes: int) -> None:
+        """There are so many of its processes: end it if they are more than all its jobs may have.
+
+        Whose they are nobody knows; alone in a process the job that makes them is found.
+        """
+        most = self._most_processes * max(len(self._jobs), 1)
+        if processes > most:
+            self._end(set(), f"inline host ended: it had {processes} processes, {most} are allowed")
 
     def retire(self) -> None:
         """Take no more jobs, and go with the last one."""
@@ -331,11 +341,15 @@ class Hosts:
     """
 
     def __init__(self, settings: Settings) -> None:
-        self._context = copy_context()
-        self._block = settings.inline_block
+        self._settings, self._context = settings, copy_context()
         self._starting = asyncio.Lock()
         self._current: Host | None = None
         self._all: set[Host] = set()
+
+    @property
+    def alive(self) -> list[Host]:
+        """Those whose process lives."""
+        return [host for host in self._all if not host.ended.is_set()]
 
     async def start(self, launcher: Launcher, job_id: str) -> InlineJob:
         """A job on a host that `launcher` has made; it waits for its order.
@@ -349,8 +363,8 @@ class Hosts:
         return await host.start(job_id)
 
     async def _begin(self, launcher: Launcher) -> Host:
-        host = Host(await launcher.start(inline=True), launcher, self._block, self._context)
-        self._all = {one for one in self._all if not one.ended.is_set()} | {host}
+        host = Host(await launcher.start(inline=True), launcher, self._settings, self._context)
+        self._all = {*self.alive, host}
         await host.begin()
         self.retire()
         self._current = host

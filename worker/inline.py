@@ -61,7 +61,7 @@ def run() -> None:
     os.register_at_fork(after_in_child=_leave_job)
     process.reseed()
     process.take_over_logging(_Handler())
-    sys.stdout, sys.stderr = _Stream("stdout", sys.stdout), _Stream("stderr", sys.stderr)
+    _route_streams()
     with asyncio.Runner() as runner:
         _note_steps(page)
         runner.run(_Host(link, received).serve())
@@ -69,6 +69,16 @@ def run() -> None:
 
 def _leave_job() -> None:
     _JOB.set(None)
+
+
+def _route_streams() -> None:
+    """Let what is printed find its job; handlers that the jobs' modules have made on import, too."""
+    streams = {sys.stdout: _Stream("stdout", sys.stdout), sys.stderr: _Stream("stderr", sys.stderr)}
+    for logger in logging.root.manager.loggerDict.values():
+        for handler in getattr(logger, "handlers", ()):
+            if isinstance(handler, logging.StreamHandler) and handler.stream in streams:
+                handler.setStream(streams[handler.stream])
+    sys.stdout, sys.stderr = streams[sys.stdout], streams[sys.stderr]
 
 
 class Job:

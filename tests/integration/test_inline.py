@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 from functools import partial
 from pathlib import Path
@@ -102,7 +103,7 @@ async def test_each_log_has_what_its_job_says_and_nothing_else(house: InlineHous
         ]
         last = [f"{me} task True", f"{me} thread True", f"{me} bytes", f"{me} unterminated"]
         assert out == [*(f"{me} print {n}" for n in range(10)), *last]
-        assert err == [f"{me} error {n}" for n in range(10)]
+        assert err == [line for n in range(10) for line in (f"{me} error {n}", f"{me} noise {n}")]
 
 
 async def test_a_job_enqueues_defers_fails_and_exits(house: InlineHouse) -> None:
@@ -329,6 +330,20 @@ async def test_if_nobody_knows_who_it_was_each_runs_alone(house: InlineHouse, tm
     assert "the job process ended with exit code 9" in job.document["last_error"]["exception"]
     assert (neighbour.state, neighbour.attempts_left, neighbour.trial) == (State.COMPLETE, 0, 2)
     assert neighbour.document["result"]["pid"] != host
+
+
+async def test_who_makes_too_many_processes_is_found_out(house: InlineHouse, tmp_path: Path) -> None:
+    """They are counted for the whole host; alone the job is seen, and its processes end with it."""
+    async with house.inline(max_processes=10):
+        other, gate, _ = await house.neighbour(tmp_path)
+        job = await house.reach(await house.put("multiplies", value=30))
+        gate.touch()
+        neighbour = await house.reach(other)
+
+    assert (job.state, job.trial, job.document["error_cat"]) == (State.ERROR, 2, "CRASH")
+    assert re.fullmatch(r"processes: it had \d+, 10 are allowed", job.document["last_error"]["exception"])
+    assert any(reason.startswith("inline host ended: it had") for reason in reasons(job))
+    assert (neighbour.state, neighbour.attempts_left, neighbour.crashes) == (State.COMPLETE, 0, 0)
 
 
 async def test_a_host_that_is_killed_from_outside_costs_nobody(house: InlineHouse, tmp_path: Path) -> None:

@@ -16,6 +16,10 @@ from typing import Any
 from core4 import CoreJob
 from core4.context import current
 
+NOISY = logging.getLogger("noisy")  # a library with a handler of its own
+NOISY.addHandler(logging.StreamHandler())
+NOISY.propagate = False
+
 
 def write_pid(path: str) -> None:
     """Tell the test who runs; the file appears at once with all that is in it."""
@@ -88,6 +92,7 @@ class Shared(Awaiting):
         for n in range(10):
             print(f"{me} print {n}")
             print(f"{me} error {n}", file=sys.stderr)
+            NOISY.warning("%s noise %d", me, n)
             self.logger.debug("%s log %d", me, n)
             logging.getLogger("library").warning("%s library %d", me, n)
             self.progress(n / 10, "%s at %d", me, n, force=True)
@@ -192,6 +197,12 @@ class Shared(Awaiting):
         while os.waitpid(child, os.WNOHANG) == (0, 0):
             await asyncio.sleep(0.02)
         return "from the parent"
+
+    async def multiplies(self, pidfile: str, value: Any) -> None:
+        """So many processes."""
+        for _ in range(value):
+            subprocess.Popen(["/bin/sleep", "600"])
+        await asyncio.sleep(600)
 
     async def prints_below(self, pidfile: str, value: Any) -> None:
         """Past Python: nobody knows whose it is."""

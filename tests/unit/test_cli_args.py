@@ -143,6 +143,22 @@ def test_init_writes_a_job_that_runs(
     assert "exists" in capsys.readouterr().err
 
 
+def test_run_runs_a_coroutine_function(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "awaiting_one.py").write_text(
+        "import asyncio\nfrom core4 import CoreJob\n"
+        "class Hello(CoreJob):\n    author = 'me'\n    inline = True\n"
+        "    async def execute(self, name):\n        await asyncio.sleep(0)\n"
+        "        return f'Hello, {name}!'\n"
+    )
+
+    assert cli.main(["run", "awaiting_one.Hello", "name=Ada"]) == 0
+    assert capsys.readouterr().out == '"Hello, Ada!"\n'
+
+
 def worker(**fields: Any) -> dict[str, Any]:
     """A worker that is up and could run `a.Job`."""
     return {
