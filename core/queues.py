@@ -194,19 +194,30 @@ class JobQueue:
         `where` is a trusted filter.
         """
         ended = {"state": {"$in": sorted(FINAL)}, "consumed": None, **where}
-        queued = {**ended, "settle": None}  # what is on its way to the journal is found there
-        stopped = await self._queue.count_documents(queued)
-        total = stopped + await self._journal.count_documents(ended)
+        queued = await self._queue.count_documents(ended)
+        total = queued + await self._journal.count_documents(ended)
         pages = -(-total // per_page)
         first = (pages + page if page < 0 else page) * per_page
         if not 0 <= first < total:
             return Page([], total, page, per_page)
-        rows: list[Document] = []
-        for table, some, skip in ((self._queue, queued, first), (self._journal, ended, first - stopped)):
-            if len(rows) < per_page:
-                cursor = table.find(some, list(fields)).sort("_id", 1)
-                rows += await cursor.skip(max(skip, 0)).limit(per_page - len(rows)).to_list(None)
+        names = [*fields, "settle"]
+        found = self._queue.find(ended, names).sort("_id", 1).skip(first).limit(per_page)
+        rows = await self._not_journaled(await found.to_list(None))
+        if len(rows) < per_page:
+            here = {row["_id"] for row in rows}  # one of these may be moved in just this moment
+            found = self._journal.find(ended, names).sort("_id", 1).skip(max(first - queued, 0))
+            moved = await found.limit(per_page - len(rows)).to_list(None)
+            rows += [row for row in moved if row["_id"] not in here]
         return Page(rows, total, page, per_page)
+
+    async def _not_journaled(self, rows: Sequence[Document]) -> list[Document]:
+        """Documents of the queue without what is in the journal already, where it is right."""
+        moving = [row["_id"] for row in rows if row.get("settle")]
+        if not moving:
+            return list(rows)
+        copied = await self._journal.find({"_id": {"$in": moving}}, {"_id": 1}).to_list(None)
+        done = {row["_id"] for row in copied}
+        return [row for row in rows if row["_id"] not in done]
 
     async def counts(self, where: Mapping[str, Any] | None = None) -> dict[str, int]:
         """Number of jobs in the queue by state."""

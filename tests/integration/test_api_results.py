@@ -221,6 +221,21 @@ async def test_the_three_lists(api: Api, runner: Runner) -> None:
     assert (await api.call("GET", "/job/view/running?status=Odd")).status == 400
 
 
+async def test_a_list_while_jobs_are_moved(api: Api, runner: Runner, database: Database) -> None:
+    """What has ended is listed from that moment on, and once, wherever its document is just now."""
+    ends, copied, pulled = [await complete(api, runner, n, n=n) for n in range(3)]
+    queue, journal = database.collection("sys.queue"), database.collection("sys.journal")
+    for job_id in (ends, copied, pulled):  # as after a crash before, and in the middle of the move
+        document = await journal.find_one({"_id": job_id})
+        assert document is not None
+        await queue.insert_one({**document, "settle": True})
+    await journal.delete_one({"_id": ends})
+    await ask(api, PULL, pulled)
+    rows = (await api.call("GET", "/job/view/results")).data
+
+    assert [row["job_id"] for row in rows] == [str(ends), str(copied)]
+
+
 async def test_rights(api: Api, runner: Runner, users: UserStore) -> None:
     """To look needs the right to read, to pull that to execute; lists hold what may be read."""
     await users.add("reader", "secret", [r"job://tests\.Job/r"])
