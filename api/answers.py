@@ -10,7 +10,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from core4.api import batch, bulk, control, docs, doctor, jobs, results, schedules, sessions, system, tasks
+from core4.api import (
+    batch,
+    bulk,
+    control,
+    docs,
+    doctor,
+    events,
+    jobs,
+    results,
+    schedules,
+    sessions,
+    system,
+    tasks,
+)
 from core4.results import Status
 from core4.states import State
 
@@ -213,6 +226,10 @@ ANSWERS: Mapping[Any, Answer] = {
     control.pause: Answer(_PAUSE),
     control.resume: Answer(BOOL),
     control.halt: Answer(_object("by", "at", by=TEXT, at=TIME)),
+    events.list_events: Answer(
+        _object("_id", "created", "name", "author", _id=TEXT, created=TIME, name=TEXT, author=TEXT), page=True
+    ),
+    events.history: Answer(_object("created", "total", created=TIME, total=COUNT), page=True),
     doctor.examine: _REPORT,
     doctor.repair: _REPORT,
     sessions.login: Answer(_object("token", "expires", token=TEXT, expires=TIME), (401, 403, 429)),

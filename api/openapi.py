@@ -36,6 +36,7 @@ _TYPES: Mapping[type[fields.Field[Any]], str] = {
     schemas.Bool: "boolean",
     schemas.AnyText: "string",
     schemas.Text: "string",
+    schemas.Date: "string",
     schemas.Dict: "object",
     schemas.List: "array",
 }
@@ -46,6 +47,8 @@ _SECTIONS = {
     "schedule": "Manager: schedules",
     "worker": "Manager: workers",
     "control": "Manager: workers",
+    "event": "Manager: workers",
+    "queue": "Manager: workers",
     "doctor": "Manager: workers",
 }
 _SIMPLE = {"integer", "number", "string", "boolean", "null"}
