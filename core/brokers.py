@@ -62,19 +62,28 @@ class Broker(Protocol):
 Connect = Callable[[str, int], Awaitable[Broker]]
 
 
+def require(url: str) -> None:
+    """Check, and load nothing yet, that there is a broker for URLs like this.
+
+    Raises: ConfigError.
+    """
+    scheme = url.partition("://")[0]
+    known = sorted({*BUILT_IN, *entry_points(group=GROUP).names})
+    if scheme not in known:
+        raise ConfigError(
+            f"CORE4_BROKER_URL has the scheme {scheme!r}: no broker of this name is installed, only "
+            f"{', '.join(known)}"
+        )
+
+
 def connector(url: str) -> Connect:
     """What connects to a URL of this scheme.
 
     Raises: ConfigError if no broker of this scheme is installed.
     """
+    require(url)
     scheme = url.partition("://")[0]
     if scheme in BUILT_IN:
         module, _, function = BUILT_IN[scheme].partition(":")
         return cast(Connect, getattr(import_module(module), function))
-    for point in entry_points(group=GROUP, name=scheme):
-        return cast(Connect, point.load())
-    known = sorted({*BUILT_IN, *(point.name for point in entry_points(group=GROUP))})
-    raise ConfigError(
-        f"CORE4_BROKER_URL has the scheme {scheme!r}: no broker of this name is installed, only "
-        f"{', '.join(known)}"
-    )
+    return cast(Connect, entry_points(group=GROUP)[scheme].load())

@@ -24,6 +24,7 @@ from typing import IO, Any
 import psutil
 import requests
 
+from core4.brokers import require
 from core4.config import Settings, is_loopback, without_settings
 from core4.database import Database
 from core4.embedded import EmbeddedServer, write_private
@@ -123,6 +124,8 @@ class Stack:
     def _start(self) -> None:
         hide_memory()
         _check_files(self.settings)
+        if self.settings.broker_url:
+            require(self.settings.broker_url)
         self.settings = replace(self.settings, port=_claimable_port(self.settings))
         if not self.settings.mongo_url:
             self._database = EmbeddedServer(self.settings.home)

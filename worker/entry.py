@@ -9,6 +9,7 @@ import sys
 
 from pymongo.errors import PyMongoError
 
+from core4.brokers import require
 from core4.config import Settings
 from core4.database import Database
 from core4.errors import ConfigError
@@ -24,10 +25,13 @@ CONNECT_EVERY = 1.0  # seconds between two tries to reach the database
 def run(settings: Settings) -> int:
     """Run a worker in the foreground; the exit code is 1 if it failed. Main thread only.
 
-    Raises: ConfigError on a system that cannot keep job processes together.
+    Raises: ConfigError on a system that cannot keep job processes together, or for a broker that is not
+    installed.
     """
     if sys.platform != "linux":
         raise ConfigError(f"a worker needs Linux (subreapers, parent death signals); this is {sys.platform}")
+    if settings.broker_url:
+        require(settings.broker_url)
     # First of all: it must be forked from a process without threads and connections.
     launcher = Launcher.spawn(settings)
     # Jobs run as the same user: they must not read the database's password out of this process.

@@ -251,8 +251,9 @@ def test_default_user_is_not_shown_to_other_machines(tmp_path: Path) -> None:
         ({}, ["missing.py"], "no such file: missing.py"),
         ({}, ["--host", "no.such.host.invalid"], "no.such.host.invalid"),
         ({"CORE4_MONGO_URL": "mongodb://127.0.0.1:1/?serverSelectionTimeoutMS=500"}, [], "database"),
+        ({"CORE4_BROKER_URL": "sqs://user:password@queues"}, [], "'sqs': no broker of this name"),
     ],
-    ids=["settings", "file", "host", "database"],
+    ids=["settings", "file", "host", "database", "broker"],
 )
 def test_what_cannot_start_says_so(
     tmp_path: Path, environ: dict[str, str], words: list[str], message: str
