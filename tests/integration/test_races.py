@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import uuid
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -129,6 +129,17 @@ async def error(subject: Subject) -> None:
 
 async def complete(subject: Subject) -> None:
     await subject.queue.finish(await take(subject), Outcome.complete(1), log_seq=0)
+
+
+async def moving(subject: Subject) -> None:
+    """Complete, and whoever wrote that has died before the first write of the move to the journal."""
+    await take(subject)
+    gate = Gate(at_function="_move")
+    ending = subject.through(gate).finish(holder(subject), Outcome.complete(1), log_seq=0)
+    task = asyncio.create_task(ending)
+    await gate.reached.wait()
+    task.cancel()
+    await asyncio.wait({task})
 
 
 STATES: Mapping[str, Begin] = {
@@ -263,7 +274,7 @@ class Track:
         namespace = f"n{next(numbers)}"
         job = await self._queue.enqueue(order(namespace))
         subject = Subject(self._database, self._settings, self._queue, namespace, owner(), job)
-        await STATES[self._state](subject)
+        await {**STATES, "moving": moving}[self._state](subject)
         return subject
 
     async def alone(self, op: str) -> int:
@@ -366,9 +377,23 @@ async def test_held_at_each_write(
     state: str, database: Database, settings: Settings, queue: JobQueue
 ) -> None:
     """Any operation in the gap before any write of any other: as one after the other, and told so."""
-    track, wrong, races = Track(database, settings, state), [], 0
-    writes = {op: await track.alone(op) for op in OPS}
-    for slow, fast in itertools.product(OPS, OPS):
+    await race(Track(database, settings, state), list(OPS))
+
+
+async def test_against_the_move_to_the_journal(
+    database: Database, settings: Settings, queue: JobQueue
+) -> None:
+    """A restart, or another wish, in each gap of the move of a complete job; and the move in theirs."""
+    track = Track(database, settings, "moving")
+    assert await track.alone("sweep") == 2  # the copy and the delete: the gaps that this is about
+    await race(track, ["sweep", "restart", "remove", "kill", "enqueue"])
+
+
+async def race(track: Track, ops: Sequence[str]) -> None:
+    """Each of the operations against each, in both roles."""
+    wrong, races = [], 0
+    writes = {op: await track.alone(op) for op in ops}
+    for slow, fast in itertools.product(ops, ops):
         # Before the first write all is as it was: who has nothing to do then is not in a race.
         for at in range(1 if writes[fast] else 2, writes[slow] + 1):
             found, legal = await track.held(slow, fast, at), await track.orders(slow, fast)
