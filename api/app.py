@@ -28,15 +28,17 @@ from core4.api.keys import (
     LOGS,
     OPENAPI,
     QUEUE,
+    REQUESTS,
     SCHEDULES,
+    SEATS,
     SETTINGS,
-    THROTTLE,
+    SIGN_INS,
     USERS,
     WORKERS,
 )
 from core4.api.openapi import describe
 from core4.api.routes import add_routes
-from core4.api.throttle import Throttle
+from core4.api.throttle import Seats, SignIns, Throttle
 from core4.catalogue import Catalogue
 from core4.changes import ChangeFeed
 from core4.config import Settings
@@ -77,7 +79,10 @@ def create_app(settings: Settings, database: Database) -> web.Application:
     app[CONTROLS] = ControlStore(database)
     app[USERS] = UserStore(database, settings)
     app[EVENTS] = EventStore(database)
-    app[THROTTLE] = Throttle()
+    app[SIGN_INS] = SignIns()
+    app[SEATS] = Seats(settings.streams, settings.streams_per_user)
+    if settings.requests_per_user is not None:
+        app[REQUESTS] = Throttle(settings.requests_per_user, 1.0)
     app[OPENAPI] = describe
     feed = ChangeFeed(database, [QUEUE_COLLECTION, JOURNAL, LOG])
     app[HUB] = Hub(feed, app[QUEUE], app[LOGS], buffer=settings.sse_buffer)

@@ -8,14 +8,14 @@ from urllib.parse import urlsplit
 
 from aiohttp import web
 
-from core4.api.keys import EVENTS, THROTTLE, TOKEN, TOKEN_TEXT, USERS
+from core4.api.addresses import client_address, neighbourhood
+from core4.api.keys import EVENTS, SIGN_INS, TOKEN, TOKEN_TEXT, USERS
 from core4.config import is_loopback
-from core4.errors import TooManyRequests, Unauthenticated
+from core4.errors import Unauthenticated
 from core4.users import DEFAULT_USER, User
 
 COOKIE = "token"
 _SAFE = ("GET", "HEAD")
-_TOLD = ("", "audit")  # the key under which refusals that are told are counted
 
 
 async def authenticate(request: web.Request, *, ticket: bool = False, cookie: bool = True) -> User:
@@ -46,26 +46,23 @@ async def sign_in(request: web.Request, name: str, password: str) -> User:
             "the default credentials are good under http://localhost only; "
             f"change them with `core4 user passwd {DEFAULT_USER[0]}`"
         )
-    throttle = request.app[THROTTLE]
-    key = (name.lower()[:200], request.remote)
+    sign_ins = request.app[SIGN_INS]
+    key = name.lower()[:200], neighbourhood(client_address(request))
     guessed = False
 
     def before_check() -> None:
         nonlocal guessed
-        wait = throttle.take(key)
-        if wait:
-            raise TooManyRequests(wait, "too many wrong passwords, try again later")
+        sign_ins.take(*key)
         guessed = True
 
     user = await request.app[USERS].verify(name, password, before_check=before_check)
     if user is None:
-        if guessed and not throttle.take(_TOLD):
-            # Bounded, whoever guesses: the audit must not be filled by strangers.
+        if guessed and sign_ins.is_news():
             shown = name[:100].encode("ascii", "backslashreplace").decode()
-            await request.app[EVENTS].tell("session.refused", shown, remote=request.remote)
+            await request.app[EVENTS].tell("session.refused", shown, remote=client_address(request))
         raise Unauthenticated("user name or password is wrong")
     if guessed:
-        throttle.give_back(key)
+        sign_ins.give_back(*key)
     return user
 
 

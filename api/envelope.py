@@ -55,11 +55,14 @@ def reply(
     return web.Response(status=status, text=dumps(body), content_type=JSON, headers=headers)
 
 
-def page_reply(request: web.Request, page: Page, rows: Sequence[Any]) -> web.Response:
+def page_reply(
+    request: web.Request, page: Page, rows: Sequence[Any], *, flash: Sequence[str] = ()
+) -> web.Response:
     """One page of a listing; core4's pager counts in a float."""
     return reply(
         request,
         list(rows),
+        flash=flash,
         page=page.page,
         per_page=page.per_page,
         page_count=-(-page.total // page.per_page),

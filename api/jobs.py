@@ -15,7 +15,7 @@ from bson import ObjectId
 
 from core4.api.envelope import page_reply, reply
 from core4.api.hub import REREAD, heard
-from core4.api.keys import CATALOGUE, CONTROLS, HUB, LOGS, QUEUE, REQUEST_ID, SETTINGS, USER, WORKERS
+from core4.api.keys import CATALOGUE, CONTROLS, HUB, LOGS, QUEUE, REQUEST_ID, SEATS, SETTINGS, USER, WORKERS
 from core4.api.streams import follow_job, job_headers
 from core4.database import Page
 from core4.errors import BadRequest, Forbidden, JobNotFound, KeyReused, UnknownJob
@@ -55,6 +55,8 @@ _LOG_ORDER = {"_id", "created", "epoch", "seq"}
 
 async def enqueue(request: web.Request, args: Args) -> web.StreamResponse:
     """POST job: a new job, followed unless `follow` is false."""
+    if args["follow"]:
+        request.app[SEATS].check(request[USER].name)  # before there is a job that nobody was told of
     job, replayed = await enqueue_one(request, args, idempotency_key(request))
     if args["follow"]:
         return await follow_job(request, job.id, job.document)
@@ -151,10 +153,13 @@ async def _list(request: web.Request, args: Args, *, journal: bool) -> web.Respo
         per_page=args["per_page"],
         journal=journal,
         fields=ROW_FIELDS,
+        args_room=request.app[SETTINGS].page_args,
     )
     now = datetime.now(UTC)
     rows = [_row(document, rights, journal=journal, now=now) for document in page.rows]
-    return page_reply(request, page, rows)
+    left_out = sum("omitted" in row for row in rows)
+    flash = [f"the arguments of {left_out} jobs are left out: ask for fewer rows, or for a job itself"]
+    return page_reply(request, page, rows, flash=flash if left_out else ())
 
 
 def selection(args: Args) -> tuple[dict[str, dict[str, Any]], bool]:
@@ -187,6 +192,7 @@ def _row(document: Document, rights: Rights, *, journal: bool, now: datetime) ->
 def masked(row: dict[str, Any]) -> dict[str, Any]:
     """A row without what only those may see who may read the job."""
     hidden = {name: None for name in _TELLING if name in row}
+    row.pop("omitted", None)
     prog = {**row["prog"], "message": None}
     return {**row, **hidden, "qual_name": UNAUTHORIZED, "args": None, "prog": prog}
 
@@ -304,6 +310,8 @@ async def remove(request: web.Request, args: Args) -> web.Response:
 async def restart(request: web.Request, args: Args) -> web.StreamResponse:
     """PUT job/restart/<_id>: run a job again, followed unless `follow` is false."""
     job_id, _, _ = await _find(request, "x")
+    if args["follow"]:
+        request.app[SEATS].check(request[USER].name)
     child_id = await whole(
         request.app[QUEUE].restart(job_id, by=request[USER].name, hostname=socket.gethostname())
     )

@@ -8,7 +8,7 @@ from typing import Any
 from aiohttp import web
 
 from core4.api.hub import Hub
-from core4.api.throttle import Throttle
+from core4.api.throttle import Seats, SignIns, Throttle
 from core4.catalogue import Catalogue
 from core4.config import Settings
 from core4.controls import ControlStore
@@ -31,7 +31,9 @@ SCHEDULES = web.AppKey("schedules", ScheduleStore)
 WORKERS = web.AppKey("workers", WorkerRegistry)
 CONTROLS = web.AppKey("controls", ControlStore)
 USERS = web.AppKey("users", UserStore)
-THROTTLE = web.AppKey("throttle", Throttle)
+SIGN_INS = web.AppKey("sign_ins", SignIns)
+REQUESTS = web.AppKey("requests", Throttle)
+SEATS = web.AppKey("seats", Seats)
 HUB = web.AppKey("hub", Hub)
 # Not imported where it is needed: it describes those who need it.
 OPENAPI: web.AppKey[Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]] = web.AppKey("openapi")

@@ -27,7 +27,8 @@ from core4.api import (
 )
 from core4.api.auth import authenticate
 from core4.api.browsers import require_own_page
-from core4.api.keys import BASE, USER
+from core4.api.keys import BASE, REQUESTS, USER
+from core4.errors import TooManyRequests
 from core4.schemas import (
     BatchArguments,
     BulkArguments,
@@ -163,6 +164,7 @@ def _endpoint(route: Route) -> Callable[[web.Request], Awaitable[web.StreamRespo
                 request, ticket=route.access == "stream", cookie=not route.changes
             )
             identifiers.bind({"user": request[USER].name})
+            _count(request)
         args = await arguments.parse(route.takes, request)
         response = await route.handler(request, args)
         if route.handler is not sessions.logout and not response.prepared:
@@ -170,3 +172,10 @@ def _endpoint(route: Route) -> Callable[[web.Request], Awaitable[web.StreamRespo
         return response
 
     return endpoint
+
+
+def _count(request: web.Request) -> None:
+    """One more request of its user. Raises: TooManyRequests."""
+    asked = request.app.get(REQUESTS)
+    if asked is not None and (wait := asked.take(request[USER].name)):
+        raise TooManyRequests(wait, "too many requests of this user, see the setting requests_per_user")

@@ -14,7 +14,7 @@ from bson import ObjectId
 
 from core4.api.frames import Cursor, Frame, Mode, close_frame, transitions
 from core4.api.hub import Follower
-from core4.api.keys import BASE, HUB, SETTINGS
+from core4.api.keys import BASE, HUB, SEATS, SETTINGS, USER
 from core4.results import has_ended
 
 log = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ async def follow_job(
 ) -> web.StreamResponse:
     """Stream a job that may be read: its `document` has been looked up, or is promised (None).
 
-    Raises: BadRequest for a cursor that cannot be read.
+    Raises: BadRequest for a cursor that cannot be read; TooManyRequests, Unavailable if too many are open.
     """
     # A browser that comes back sends the header; its first request can only have the query.
     cursor = Cursor.parse(request.headers.get("Last-Event-ID", "") or last_event_id)
@@ -49,7 +49,8 @@ async def follow_job(
             return web.Response(status=204, headers=job_headers(job_id))
         # A number from elsewhere must not hide what is there.
         cursor = Cursor(min(cursor.rev, document["rev"]), min(cursor.seq, last_seq))
-    return await _stream(request, job_id, cursor, states=states)
+    with request.app[SEATS].taken(request[USER].name, job_id=str(job_id)):
+        return await _stream(request, job_id, cursor, states=states)
 
 
 def _all_read(document: Mapping[str, Any], cursor: Cursor, last_seq: int) -> bool:

@@ -1,11 +1,20 @@
-"""How often somebody may guess: token buckets in memory."""
+"""How much somebody may ask of one API process: token buckets and counters in memory."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from time import monotonic
 
+from core4.errors import TooManyRequests, Unavailable
+
+PERIOD = 300.0  # seconds in which all wrong passwords are forgiven
+PER_USER, PER_ADDRESS = (
+    10,
+    100,
+)  # of them: many may share an address, and one of them must not lock out the others
+SEAT_WAIT = 5.0  # seconds after which to ask again for a stream
 _BUCKETS = 10_000  # kept; the one not used for longest goes first
 
 
@@ -17,6 +26,10 @@ class Throttle:
     ) -> None:
         self._size, self._rate, self._clock = float(size), size / period, clock
         self._buckets: OrderedDict[Hashable, tuple[float, float]] = OrderedDict()
+
+    def wait(self, key: Hashable) -> float:
+        """The seconds until there is a try, 0 if there is one."""
+        return max(1 - self._left(key), 0.0) / self._rate
 
     def take(self, key: Hashable) -> float:
         """Use one try; the seconds until there is one if there is none, else 0."""
@@ -39,3 +52,78 @@ class Throttle:
         self._buckets[key] = (left, self._clock())
         if len(self._buckets) > _BUCKETS:
             self._buckets.popitem(last=False)
+
+
+class SignIns:
+    """Guesses at passwords: so many per user, wherever they come from, and so many per address.
+
+    An address from which a user has signed in has guesses of its own for that user: whoever guesses elsewhere
+    does not lock the owner out.
+    """
+
+    def __init__(self) -> None:
+        self._users, self._addresses = Throttle(PER_USER, PERIOD), Throttle(PER_ADDRESS, PERIOD)
+        self._known: OrderedDict[tuple[str, str], None] = OrderedDict()
+        self._told = Throttle(PER_USER, PERIOD)
+
+    def take(self, name: str, address: str) -> None:
+        """Use one guess of both.
+
+        Raises: TooManyRequests; then none is used.
+        """
+        wait = max(self._users.wait(self._key(name, address)), self._addresses.wait(address))
+        if wait:
+            raise TooManyRequests(wait, "too many wrong passwords, try again later")
+        self._users.take(self._key(name, address))
+        self._addresses.take(address)
+
+    def give_back(self, name: str, address: str) -> None:
+        """The guess was a good one and does not count."""
+        self._users.give_back(self._key(name, address))
+        self._addresses.give_back(address)
+        self._known[name, address] = None
+        self._known.move_to_end((name, address))
+        if len(self._known) > _BUCKETS:
+            self._known.popitem(last=False)
+
+    def is_news(self) -> bool:
+        """True if a wrong guess is to be noted; bounded, whoever guesses: strangers must not fill the audit."""
+        return not self._told.take("all")
+
+    def _key(self, name: str, address: str) -> Hashable:
+        return (name, address) if (name, address) in self._known else name
+
+
+class Seats:
+    """The open streams: so many in this process, and so many of one user."""
+
+    def __init__(self, most: int, per_user: int) -> None:
+        self._most, self._per_user = most, per_user
+        self._taken: Counter[str] = Counter()
+
+    def check(self, user: str, **facts: str) -> None:
+        """Whether there is one for this user now; `facts` go with the refusal.
+
+        Raises: TooManyRequests, Unavailable.
+        """
+        if self._taken[user] >= self._per_user:
+            refusal = TooManyRequests(
+                SEAT_WAIT, f"user [{user}] has {self._per_user} open streams: close some"
+            )
+            refusal.facts |= facts
+            raise refusal
+        if self._taken.total() >= self._most:
+            text = f"this process has {self._most} open streams, try again later"
+            raise Unavailable(text, retry_after=SEAT_WAIT, **facts)
+
+    @contextmanager
+    def taken(self, user: str, **facts: str) -> Iterator[None]:
+        """Have one within the block. Raises: as `check`."""
+        self.check(user, **facts)
+        self._taken[user] += 1
+        try:
+            yield
+        finally:
+            self._taken[user] -= 1
+            if not self._taken[user]:
+                del self._taken[user]

@@ -147,6 +147,15 @@ def _check_origin(origin: str) -> bool:
     return origin == "*" or (parts.scheme in {"http", "https"} and bool(parts.hostname) and bare)
 
 
+class _Networks(_Strings):
+    def _deserialize(self, value: Any, *args: Any, **kwargs: Any) -> tuple[str, ...]:
+        networks = super()._deserialize(value, *args, **kwargs)
+        try:
+            return tuple(str(ipaddress.ip_network(network, strict=False)) for network in networks)
+        except ValueError as error:
+            raise ValidationError("not a network") from error
+
+
 class _Origins(_Strings):
     def _deserialize(self, value: Any, *args: Any, **kwargs: Any) -> tuple[str, ...]:
         origins = super()._deserialize(value, *args, **kwargs)
@@ -351,6 +360,22 @@ class Settings:
     max_body: int = _size(MIB, "Largest body of a request.", most=64 * MIB)
     sse_ping: float = _seconds(15.0, "Time between heartbeat comments of a stream.", most=300)
     sse_buffer: int = _size(MIB, "Events held for one slow follower before it is cut.", most=256 * MIB)
+    streams: int = _count(5000, "Streams that one API process holds open at the same time.", most=1_000_000)
+    streams_per_user: int = _count(
+        20, "Of these, the streams of one user: as many pages and commands may follow jobs.", most=1_000_000
+    )
+    requests_per_user: int | None = _count(
+        None, "Requests per second that one API process takes from one user. Unset: any.", most=1_000_000
+    )
+    page_args: int = _size(
+        4 * MIB, "Arguments of jobs in one page of a listing; what is beyond is left out, and said so."
+    )
+    trusted_proxies: tuple[str, ...] = _setting(
+        (),
+        _Networks(),
+        "addresses or networks like 10.0.0.0/8",
+        "Proxies in front of the API whose `X-Forwarded-For` says where a request comes from.",
+    )
     allow_origin: tuple[str, ...] = _setting(
         (),
         _Origins(),

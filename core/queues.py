@@ -19,6 +19,7 @@ from datetime import datetime, timedelta
 from functools import partial
 from typing import Any, Literal
 
+import bson
 from bson import ObjectId
 from bson.errors import BSONError
 from pymongo import IndexModel
@@ -157,8 +158,13 @@ class JobQueue:
         per_page: int = 10,
         journal: bool = False,
         fields: Sequence[str] | None = None,
+        args_room: int | None = None,
     ) -> Page:
-        """One page of documents; a negative `page` counts from the end. `where` is a trusted filter."""
+        """One page of documents; a negative `page` counts from the end. `where` is a trusted filter.
+
+        Arguments that do not fit into `args_room` bytes any more are left out: `args` of such a row is None
+        and `omitted` names it.
+        """
         table = self._journal if journal else self._queue
         total = await table.count_documents(dict(where)) if where else await table.estimated_document_count()
         pages = -(-total // per_page)
@@ -166,7 +172,16 @@ class JobQueue:
         if number < 0 or number >= pages:
             return Page([], total, page, per_page)
         cursor = table.find(dict(where), list(fields) if fields else None)
-        rows = await cursor.sort(list(sort)).skip(number * per_page).limit(per_page).to_list(None)
+        rows: list[Document] = []
+        # One by one: what is left out must not be held together, either.
+        async for row in cursor.sort(list(sort)).skip(number * per_page).limit(per_page):
+            if args_room is not None and row.get("args"):
+                size = len(bson.encode(row["args"]))
+                if size > args_room:
+                    row |= {"args": None, "omitted": ["args"]}
+                else:
+                    args_room -= size
+            rows.append(row)
         return Page(rows, total, page, per_page)
 
     async def ids(self, where: Mapping[str, Any], *, limit: int, journal: bool = False) -> list[ObjectId]:

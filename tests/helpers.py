@@ -333,5 +333,6 @@ FAST: Mapping[str, str] = {
     "CORE4_DRAIN": "2",
     "CORE4_LOG_FLUSH": "0.2",
     "CORE4_BCRYPT_COST": "4",
+    "CORE4_STREAMS_PER_USER": "1000",
     "CORE4_MAX_CPU": "100",  # whatever else this machine does meanwhile
 }
