@@ -9,6 +9,7 @@ quick.
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
@@ -159,6 +160,9 @@ def _say(line: str) -> None:
 
 def _welcome(stack: Stack) -> None:
     _say(f"api       {stack.url}")
+    if stack.settings.home != load_settings().home:
+        _say("commands  of other terminals find it after:")
+        _say(f"          export CORE4_HOME={shlex.quote(str(stack.settings.home))}")
     if stack.default_user:
         _say("user      admin, password hans")
         _say("WARNING   these are default credentials, for this machine only: core4 user passwd admin")
@@ -418,6 +422,21 @@ def user_passwd(name: str) -> None:
     password = _new_password(name)
     _with_users(lambda users: users.set_password(name, password), "user.passwd", user=name)
     click.echo(f"the password of {name} is changed")
+
+
+@user.command("allow")
+@click.argument("name")
+@click.argument("rights", nargs=-1, metavar="[RIGHT]...")
+def user_allow(name: str, rights: tuple[str, ...]) -> None:
+    """Give a user these rights instead of those before; none without any. Tokens have to be asked for anew.
+
+    \b
+    Examples:
+      core4 user allow carol 'job://reports\\..*/x' 'job://.*/r'
+      core4 user allow carol cop
+    """
+    _with_users(lambda users: users.set_rights(name, list(rights)))
+    click.echo(f"{name} may: {', '.join(rights) or 'sign in, but see no job'}")
 
 
 @user.command("enable")

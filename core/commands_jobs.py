@@ -116,6 +116,10 @@ def queue(output: str, **query: Any) -> None:
     """List the jobs in the queue.
 
     \b
+    Flags: Z silent for zombie_time, K kill asked for, R removed, N longer than wall_time.
+    Attempt: which of how many; F behind a priority: with force.
+
+    \b
     Examples:
       core4 job queue
       core4 job queue --state error --state killed -o json
@@ -401,14 +405,20 @@ def _summary(found: Mapping[str, Any]) -> dict[str, Any]:
         "flags": "".join(name[0].upper() for name, is_set in (found.get("flag") or {}).items() if is_set),
         "progress": f"{float(progress.get('value') or 0):.0%}",
         "priority": f"{found.get('priority') or 0}{'F' if found.get('force') else ''}",
-        "attempt": f"{found.get('trial') or 0}/{found.get('attempts') or 1}",
+        "attempt": _attempt(found.get("trial") or 0, found.get("attempts") or 1),
         "user": enqueued.get("username"),
         "enqueued": moment(enqueued.get("at")),
     }
 
 
+def _attempt(trial: int, attempts: int) -> str:
+    """Which of how many; a restarted job goes on counting, but has all its attempts again."""
+    return f"{trial}/{attempts}" if trial <= attempts else str(trial)
+
+
 def _details(found: Mapping[str, Any]) -> dict[str, Any]:
     summary, error = _summary(found), found.get("last_error") or {}
+    enqueued, holder = found.get("enqueued") or {}, found.get("locked") or {}
     details = {
         "job": found["_id"],
         "name": found["qual_name"],
@@ -422,7 +432,11 @@ def _details(found: Mapping[str, Any]) -> dict[str, Any]:
         "started": moment(found.get("started_at")),
         "finished": moment(found.get("finished_at")),
         "runtime": found.get("runtime"),
-        "worker": found.get("worker"),
+        "worker": holder.get("worker"),
+        "only on": found.get("worker"),
+        "flags": ", ".join(name for name, is_set in (found.get("flag") or {}).items() if is_set),
+        "parent": enqueued.get("parent_id"),
+        "restarted as": enqueued.get("child_id"),
         "result": found.get("result"),
         "error": error.get("exception"),
         "traceback": "".join(error.get("traceback") or []).rstrip() or None,
