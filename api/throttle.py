@@ -87,7 +87,7 @@ class SignIns:
             self._known.popitem(last=False)
 
     def is_news(self) -> bool:
-        """True if a wrong guess is to be noted; bounded, whoever guesses: strangers must not fill the audit."""
+        """True if a wrong guess is to be noted: so many, that strangers do not fill the audit."""
         return not self._told.take("all")
 
     def _key(self, name: str, address: str) -> Hashable:
