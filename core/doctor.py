@@ -19,12 +19,13 @@ from typing import Any
 
 from bson import ObjectId
 
-from core4 import controls, inbox, logs, queues, registry, users
+from core4 import controls, events, inbox, logs, queues, registry, users
 from core4.catalogue import Catalogue
 from core4.config import Settings
 from core4.controls import Controls, ControlStore, RateStore
 from core4.database import Database, Document
 from core4.errors import BadOption, Conflict, JobNotFound, Unavailable
+from core4.events import EventStore
 from core4.findings import KINDS, Finding, Report
 from core4.jobs import Job
 from core4.logs import LogStore
@@ -43,10 +44,10 @@ WINDOW = 500  # documents read and judged at once
 MOST = 1000  # findings that are told
 LATE = timedelta(seconds=60)  # that a time may be past, for clocks that differ
 KILL_LATE = timedelta(seconds=60)  # beside the grace period
-FORGOTTEN = timedelta(days=7)  # behind this a child that is not there may have ended and been deleted since
 SCHEDULE_LATE = timedelta(seconds=120)
+TOLD = 100  # repairs that one line of the audit names
 ROUNDS = 5  # of looking and repairing: one repair may uncover the next
-INDEXES = tuple(store.INDEXES for store in (queues, logs, registry, controls, users, inbox))
+INDEXES = tuple(store.INDEXES for store in (queues, logs, registry, controls, users, inbox, events))
 
 Progress = Callable[[str, int], None]
 
@@ -87,7 +88,7 @@ class Doctor:
         self._progress = progress
         self._queue, self._logs = JobQueue(database, settings), LogStore(database)
         self._registry, self._catalogue = WorkerRegistry(database), Catalogue(database)
-        self._rates = RateStore(database)
+        self._rates, self._events = RateStore(database), EventStore(database)
         self._controls, self._schedules = ControlStore(database), ScheduleStore(database)
         self._tables = {False: database.collection(QUEUE), True: database.collection(JOURNAL)}
         self._looks: Mapping[str, Callable[[Collection[str] | None], AsyncIterator[Finding]]] = {
@@ -128,7 +129,9 @@ class Doctor:
             todo = [finding for finding in report.findings if finding.repair and finding.key not in done]
             if not todo:
                 break
-            await self._repair(todo, by)
+            told = [f"{finding.kind} {finding.id}" for finding in todo[:TOLD]]
+            async with self._events.action("doctor.repair", by, findings=told, count=len(todo)):
+                await self._repair(todo, by)
             done |= {finding.key: finding for finding in todo}
         left = {finding.key for finding in report.findings}
         repaired = tuple(finding for key, finding in done.items() if key not in left)
@@ -226,7 +229,7 @@ class Doctor:
             return
         child = job.document["enqueued"].get("child_id")
         rows = job.document["history"]
-        if child in facts.lost and rows and rows[-1]["at"] > self._now - FORGOTTEN:
+        if child in facts.lost and rows and not self._is_forgotten(rows[-1]["at"]):
             yield Flaw("child_missing", f"it was restarted as {child}, which does not exist"), None
         if job.journal:
             return
@@ -247,6 +250,11 @@ class Doctor:
                 yield Flaw("orphan", f"its worker {name} is {owner['state'] if owner else 'unknown'}"), since
         elif job.killed_at and job.killed_at < self._now - self._grace:
             yield Flaw("kill_overdue", f"{owner['name']} was to kill it and has not"), job.killed_at
+
+    def _is_forgotten(self, since: datetime) -> bool:
+        """True if a job that was made then may have ended, and been deleted from the journal by its age."""
+        keep = self._settings.keep_journal_days
+        return bool(keep) and since < self._now - timedelta(days=keep)
 
     @property
     def _mourning(self) -> timedelta:
@@ -465,7 +473,8 @@ class Doctor:
             await self._database.ping()
             await asyncio.sleep(step)
         for owner in await self._registry.bury(patience):
-            log.info("worker.declared_dead", extra={"owner": owner})
+            log.info("worker.declared_dead", extra={"dead": owner})
+            await self._events.tell("worker.dead", "doctor", key=f"{owner}.dead", owner=owner)
         with suppress(Unavailable):
             await self._queue.rescue(self._registry.alive_ids)
 

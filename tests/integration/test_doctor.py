@@ -17,6 +17,7 @@ from bson import ObjectId
 from core4.config import Settings
 from core4.database import Database
 from core4.doctor import Doctor
+from core4.events import EventStore
 from core4.findings import KINDS, Finding
 from core4.jobs import Job, JobOrder, utcnow
 from core4.logs import Line
@@ -514,7 +515,7 @@ async def test_a_child_that_may_have_been_deleted_long_ago_is_not_run_again(ward
     ward.key = "old"
     parent = await a_child_that_is_not_there(ward)
     rows = (await ward.actor.queue.get(parent)).document["history"]
-    old = [{**row, "at": row["at"] - 8 * 24 * HOUR} for row in rows]
+    old = [{**row, "at": row["at"] - 31 * 24 * HOUR} for row in rows]
     await ward.set("journal", parent, history=old)
 
     assert (await ward.doctor().repair(by="ann")).repaired == ()
@@ -671,3 +672,6 @@ async def test_over_the_api(api: Api, users: UserStore, runner: Runner, database
     assert [row["_id"] for row in after["repaired"]] == [str(job_id)]
     last = (await api.detail(job_id))["history"][-1]
     assert (last["by"], last["reason"]) == ("admin", "repaired: it waits, and no worker will ever see it")
+    (line,) = (await EventStore(database).page({"name": "doctor.repair"})).rows
+    assert (line["author"], line["outcome"]) == ("admin", "done")
+    assert line["data"] == {"findings": [f"line {job_id}"], "count": 1}
