@@ -8,6 +8,7 @@ from typing import Any
 
 from pymongo.errors import DuplicateKeyError
 
+from core4 import chains
 from core4.database import Database, Document, Page
 from core4.jobs import utcnow
 
@@ -43,8 +44,21 @@ class Catalogue:
                 continue  # another worker published it first: now it is an update
 
     async def get(self, name: str) -> Document | None:
-        """The entry of this qual_name."""
-        return await self._jobs.find_one({"_id": name})
+        """The entry of this qual_name; `hooked` are those of all tasks that can follow from it, if any."""
+        entry = await self._jobs.find_one({"_id": name})
+        if entry is not None and chains.hooks_of(entry):
+            entry["hooked"] = await self._hooked(entry)
+        return entry
+
+    async def _hooked(self, entry: Document) -> list[Document]:
+        found: dict[str, Document] = {entry["_id"]: entry}
+        wanted = set(chains.hooks_of(entry)) - set(found)
+        while wanted and len(found) <= chains.MOST_TASKS:
+            rows = await self._jobs.find({"_id": {"$in": sorted(wanted)}}).to_list(None)
+            found.update({row["_id"]: row for row in rows})
+            asked = wanted
+            wanted = {name for row in rows for name in chains.hooks_of(row)} - set(found) - asked
+        return [row for name, row in found.items() if name != entry["_id"]]
 
     async def all(self) -> list[Document]:
         """Every entry, by name."""

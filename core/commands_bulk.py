@@ -10,7 +10,7 @@ import click
 
 from core4.console import UNREACHABLE, USAGE, connect, echo_error, echo_json, json_value
 
-STATES = ["pending", "running", "failed", "deferred", "error", "killed", "inactive", "complete"]
+STATES = ["blocked", "pending", "running", "failed", "deferred", "error", "killed", "inactive", "complete"]
 SHOWN = 10  # jobs that are named to people
 
 _OPTIONS = (

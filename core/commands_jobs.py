@@ -453,6 +453,10 @@ def why_waiting(found: Mapping[str, Any], workers: Sequence[Mapping[str, Any]], 
         now: aware time to compare with.
     """
     up = [worker for worker in workers if worker.get("state") == "up"]
+    if found.get("waits_for"):
+        return [
+            f"for {one['qual_name']} [{one['_id']}], which is {one['state']}" for one in found["waits_for"]
+        ]
     if found.get("paused"):
         return [_paused(found["paused"])]
     if found.get("query_at") and parse_time(found["query_at"]) > now:

@@ -16,6 +16,7 @@ from typing import Any
 from bson import ObjectId
 
 from core4.options import DEFAULTS, PRIORITY_LIMIT, Rate, stored
+from core4.results import has_ended
 from core4.states import State, highstate
 
 NAMESPACE = re.compile(r"[A-Za-z0-9_-]{1,100}")
@@ -82,6 +83,15 @@ class JobOrder:
     parent_id: ObjectId | None = None
     category: str | None = None
     schedule_id: str | None = None
+    signature: str | None = None  # what the arguments were checked against, see core4.signatures.digest
+    dependencies: Sequence[ObjectId] = ()  # jobs that have to complete before this one starts
+    retry_policy: str | None = None
+    run_before: Sequence[str] = ()  # hooks of a task, and what is to be known of them: see core4.chains
+    run_after: Sequence[str] = ()
+    on_failure: str | None = None
+    hooks: Sequence[Mapping[str, Any]] = ()
+    chain_id: ObjectId | None = None
+    consumed_by: ObjectId | None = None  # a job that takes its result: nobody else gets it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +128,7 @@ class Job:
     wall_action: str
     defer_time: float
     defer_max: float
+    max_crashes: int | None
     lease: Lease | None
     unique_key: str | None
     keep_stopped: bool
@@ -165,6 +176,7 @@ class Job:
             wall_action=_option(document, "wall_action"),
             defer_time=document["defer_time"],
             defer_max=document["defer_max"],
+            max_crashes=_option(document, "max_crashes"),
             lease=Lease.from_document(lease) if lease else None,
             unique_key=document.get("unique_key"),
             keep_stopped=document.get("keep_stopped", True),
@@ -187,6 +199,17 @@ class Job:
     def evicted(self) -> int:
         """How often the host it ran on inline ended, and not by its doing."""
         return int(self.document.get("evicted", 0))
+
+    @property
+    def outbox(self) -> Sequence[Mapping[str, Any]]:
+        """What has to be done to other documents."""
+        found: Sequence[Mapping[str, Any]] = self.document.get("outbox", ())
+        return found
+
+    @property
+    def has_ended(self) -> bool:
+        """True if nothing more will come of the job: it has an outcome, or was removed without one."""
+        return has_ended(self.document)
 
     def slots(self) -> list[str]:
         """The slots of which the job needs one to run; none for a job without `max_running`."""
@@ -265,6 +288,21 @@ def new_document(order: JobOrder, job_id: ObjectId, now: datetime) -> dict[str, 
     document.update({"held": "worker"} if pinned else {"due": True})
     if order.schedule_id is not None:
         document["schedule_id"] = order.schedule_id
+    chained = {
+        "signature": order.signature,
+        "dependencies": list(order.dependencies),
+        "retry_policy": order.retry_policy,
+        "run_before": list(order.run_before),
+        "run_after": list(order.run_after),
+        "on_failure": order.on_failure,
+        "hooks": list(order.hooks),
+        "chain_id": order.chain_id,
+    }
+    if order.consumed_by is not None:
+        taken = {"at": now, "by": f"job {order.consumed_by}", "id": str(order.consumed_by)}
+        document["consumed"] = taken
+    # Most jobs hang together with no other: they do not pay for it.
+    document.update({name: value for name, value in chained.items() if value})
     if options["max_running"] is not None:
         document["slot_key"] = options["max_running_key"] or order.name
     if order.unique:

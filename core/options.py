@@ -33,13 +33,13 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _seconds(default: float | None, *, nullable: bool = False) -> Option:
+def _seconds(default: float | None, *, nullable: bool = False, zero: bool = False) -> Option:
     def check(value: Any) -> bool:
         if value is None:
             return nullable
-        return _is_number(value) and 0 < value <= 10 * 365 * 86400
+        return _is_number(value) and (value > 0 or (zero and value == 0)) and value <= 10 * 365 * 86400
 
-    words = "seconds above 0, ten years at most" + (", or null" if nullable else "")
+    words = f"seconds {'from' if zero else 'above'} 0, ten years at most" + (", or null" if nullable else "")
     return Option(default, words, check)
 
 
@@ -125,9 +125,14 @@ def _is_rate(value: Any) -> bool:
 OPTIONS: Mapping[str, Option] = MappingProxyType(
     {
         "attempts": Option(1, "an int from 1 to 10,000", lambda v: _is_int(v) and 1 <= v <= 10_000),
-        "error_time": _seconds(600),
+        "error_time": _seconds(600, zero=True),
         "backoff": Option(1, "a number from 1 to 100", lambda v: _is_number(v) and 1 <= v <= 100),
         "error_time_max": _seconds(86400),
+        "max_crashes": Option(
+            None,
+            "an int from 1 to 100, or null for the worker's setting",
+            lambda v: v is None or (_is_int(v) and 1 <= v <= 100),
+        ),
         "jitter": Option(0, "a number from 0 to 1", lambda v: _is_number(v) and 0 <= v <= 1),
         "defer_time": _seconds(300),
         "defer_max": _seconds(3600),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from core4 import chains
 from core4.errors import BadArguments, TooLarge
 from core4.jobs import JobOrder, canonical
 from core4.options import OPTIONS, problem
@@ -29,7 +30,7 @@ def make_order(
         options: options beside the arguments; they win.
         who: the fields of a `JobOrder` that say who asks.
 
-    Raises: BadArguments, TooLarge.
+    Raises: BadArguments, TooLarge; JobInvalid for hooks that cannot be followed.
     """
     given, job_args = _split(entry, args)
     check_args(entry, job_args, args_cap)
@@ -44,8 +45,27 @@ def make_order(
         options=wanted,
         unique=entry.get("unique", True),
         keep_stopped=entry.get("kind", "class") == "class",
+        **chained(entry),
         **who,
     )
+
+
+def chained(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a `JobOrder` that say how its job hangs together with others.
+
+    Raises: JobInvalid for hooks that cannot be followed.
+    """
+    found = {"signature": entry.get("signature"), "retry_policy": entry.get("retry_policy")}
+    if not chains.hooks_of(entry):
+        return found
+    hooks = chains.resolve(entry, entry.get("hooked") or ())
+    return {
+        **found,
+        "run_before": entry.get("run_before") or (),
+        "run_after": entry.get("run_after") or (),
+        "on_failure": entry.get("on_failure"),
+        "hooks": hooks,
+    }
 
 
 def _split(entry: Mapping[str, Any], args: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

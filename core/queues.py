@@ -12,6 +12,7 @@ import asyncio
 import logging
 import random
 import uuid
+from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -25,14 +26,13 @@ from bson.errors import BSONError
 from pymongo import IndexModel
 from pymongo.errors import ConnectionFailure, DocumentTooLarge, DuplicateKeyError, PyMongoError, WriteError
 
-from core4 import identifiers, jobs, sanity, states, transitions
+from core4 import chains, identifiers, jobs, sanity, states, transitions
 from core4.config import Settings
 from core4.controls import Controls, RateStore, Starts
 from core4.database import Database, Document, Page, refuses_content
-from core4.errors import JobExists, JobNotFound, LeaseLost, Unavailable
+from core4.errors import BadArguments, Conflict, JobExists, JobNotFound, LeaseLost, Unavailable
 from core4.events import EventStore, audit_of
 from core4.jobs import FORCED_BELOW, HISTORY_LIMIT, Job, JobOrder, Lease, Owner, utcnow
-from core4.options import DEFAULTS
 from core4.results import has_ended
 from core4.retries import Outcome
 from core4.states import FINAL, STOPPED, WAITING, Flag, State
@@ -73,6 +73,8 @@ INDEXES: Mapping[str, Sequence[IndexModel]] = {
         IndexModel([("request_id", 1)], name="request_id"),
         IndexModel([("audit", 1)], name="audit", sparse=True),
         IndexModel([("stopped_at", 1)], name="stopped_at", sparse=True),
+        IndexModel([("open_deps", 1)], name="open_deps", sparse=True),
+        IndexModel([("chain_id", 1)], name="chain_id", sparse=True),
     ),
     JOURNAL: (
         IndexModel([("name", 1), ("_id", 1)], name="name"),
@@ -91,6 +93,7 @@ KEYED = timedelta(hours=24)  # that an Idempotency-Key holds at least
 PEEK = 64  # candidates read at once where the server cannot limit a scan
 WOKEN = 64  # jobs of a name read and woken at once
 RETRIES = 100  # of one decision, if others keep writing the same job
+WAITERS = 200  # that are let loose at once
 
 
 class JobQueue:
@@ -118,15 +121,40 @@ class JobQueue:
         With `once` a job of this id that is in the queue or the journal is the answer: for ids that are
         derived from what the job is for. (Should it be journaled in just this moment, `start` finds it.)
 
-        Raises: JobExists if an open or stopped job has the same name and arguments; Unavailable if the
-        database did not answer and does not tell whether the job was stored (repeat with the same id).
+        A job with `dependencies` is blocked until they have completed; if one does not, nor does it.
+
+        Raises: JobExists if an open or stopped job has the same name and arguments; BadArguments for a
+        dependency that is no job; Unavailable if the database did not answer and does not tell whether the
+        job was stored (repeat with the same id).
         """
         if once and job_id is not None:
             found = await self.document(job_id)
             if found is not None:
                 return Job.from_document(found[0], journal=found[1])
-        document = jobs.new_document(order, job_id or ObjectId(), utcnow())
-        return await self._insert(document)
+        waits = await self._await(order.dependencies) if order.dependencies else []
+        document = chains.document(order, job_id or ObjectId(), utcnow(), open_deps=waits)
+        job = await self._insert(document)
+        await self._try_settle(job)
+        return job
+
+    async def _await(self, dependencies: Sequence[ObjectId], *, missing: bool = False) -> list[ObjectId]:
+        """Have the end of these jobs told to whoever waits for them; those that have not completed.
+
+        Raises: BadArguments for an id that no job has, unless they may be `missing`.
+        """
+        waits = []
+        for index, job_id in enumerate(dependencies):
+            try:
+                _, job = await self._transition(job_id, transitions.wait_for)
+            except JobNotFound:
+                if missing:
+                    waits.append(job_id)
+                    continue
+                problem = {"pointer": f"/dependencies/{index}", "message": f"no job has the id {job_id}"}
+                raise BadArguments([problem]) from None
+            if job.state is not State.COMPLETE and job_id not in waits:
+                waits.append(job_id)
+        return waits
 
     async def document(self, job_id: ObjectId) -> tuple[Document, bool] | None:
         """The stored document of a job and whether it is the journal's; None if there is none."""
@@ -476,6 +504,41 @@ class JobQueue:
         before, after = await self._transition(job_id, lambda seen: transitions.kill(seen, by))
         await self._try_settle(after)
         return after, after.rev != before.rev
+
+    async def kill_chain(self, job_id: ObjectId, *, by: str) -> list[tuple[Job, bool]]:
+        """End all open jobs of the chain that a job belongs to; nothing follows from those that were faster.
+
+        Returns each job that was told to end, and whether that was news.
+
+        Raises: JobNotFound; Unavailable if the chain grows faster than it is ended: try again.
+        """
+        first = await self.get(job_id)
+        chain_id = first.document.get("chain_id") or first.id
+        told: dict[ObjectId, tuple[Job, bool]] = {}
+        for _ in range(RETRIES):
+            # What waits first: nothing of it must be let loose by the end of the others.
+            left = sorted(await self._of_chain(chain_id), key=lambda job: job.state is State.RUNNING)
+            if not left:
+                return list(told.values())
+            for job in left:
+                with suppress(Conflict, JobNotFound):  # it ended in this moment: what follows comes next
+                    before, after = await self._transition(
+                        job.id,
+                        lambda seen: None if seen.has_ended else transitions.kill(seen, by, chain=True),
+                    )
+                    await self._try_settle(after)
+                    if not before.has_ended:
+                        told[job.id] = after, after.rev != before.rev
+        raise Unavailable(f"the chain [{chain_id}] is busy, try again")
+
+    async def _of_chain(self, chain_id: ObjectId) -> list[Job]:
+        """Jobs of a chain that may go on, or of which something may follow."""
+        rows = await self._queue.find({"chain_id": chain_id}).to_list(None)
+        rows += [row] if (row := await self._queue.find_one({"_id": chain_id, "chain_id": None})) else []
+        found = [Job.from_document(row) for row in rows]
+        return [
+            job for job in found if (job.outbox if job.has_ended else not job.document.get("chain_killed"))
+        ]
 
     async def remove(self, job_id: ObjectId, *, by: str) -> Job:
         """Move a job that does not run to the journal; one that is being killed follows when it has ended.
@@ -1001,56 +1064,138 @@ class JobQueue:
             return 0
 
     async def _settle(self, job: Job) -> None:
-        """Make the children noted in the outbox, then move the job to the journal if it leaves the queue."""
+        """Do what is noted in the outbox, then move the job to the journal if it leaves the queue.
+
+        What that makes ready to settle in turn is settled, too.
+        """
         refused: JobExists | None = None
-        for note in job.document.get("outbox", ()):
+        waiting = deque([job])
+        while waiting:
+            each = waiting.popleft()
             try:
-                await self._spawn(job, note)
+                waiting.extend(await self._settle_one(each))
             except JobExists as error:
-                refused = error
-        settled: Job | None = job
-        if job.document.get("outbox") or not transitions.leaves(job):
-            settled = await self._cas(job, transitions.settled(job, unlink=refused is not None))
-        if settled is not None and not settled.journal and transitions.leaves(settled):
-            await self._move(settled)
+                refused = error if each is job else refused
         if refused is not None:
             raise refused
 
-    async def _spawn(self, parent: Job, note: Mapping[str, Any]) -> None:
+    async def _settle_one(self, job: Job) -> list[Job]:
+        """Settle one job; the others that it made ready for it."""
+        refused: JobExists | None = None
+        ready: list[Job] = []
+        delivered: list[Mapping[str, Any]] = []
+        for _ in range(RETRIES):
+            for note in transitions.deliverable(job):
+                if note in delivered:
+                    continue
+                try:
+                    ready += await self._deliver(job, note)
+                except JobExists as error:
+                    refused = error
+                delivered.append(note)
+            caught_up = await self._catch_up(job)
+            if caught_up is not job:
+                job = caught_up
+                continue
+            settled: Job | None = job
+            if job.outbox or not transitions.leaves(job):
+                settled = await self._cas(job, transitions.settled(job, unlink=refused is not None))
+            if settled is not None:
+                if not settled.journal and transitions.leaves(settled):
+                    await self._move(settled)
+                break
+            found = await self.document(job.id)
+            if found is None or not found[0].get("settle"):
+                break  # somebody else has done it
+            job = Job.from_document(found[0], journal=found[1])
+        if refused is not None:
+            raise refused
+        return ready
+
+    async def _deliver(self, job: Job, note: Mapping[str, Any]) -> list[Job]:
+        """Do what one note says; it may have been done before. Returns the jobs that have to settle now."""
+        match note["kind"]:
+            case "restart":
+                return await self._restart(job, note)
+            case "job":
+                return await self._follow(job, note)
+            case "release":
+                return await self._release_waiters(job)
+        raise AssertionError(f"unknown kind of note: {note['kind']}")
+
+    async def _catch_up(self, job: Job) -> Job:
+        """The blocked job after a look at its prerequisites: some may have ended before it was there."""
+        if job.state is not State.BLOCKED or job.removed_at is not None:
+            return job
+        for prerequisite in job.document.get("open_deps", ()):
+            found = await self.document(prerequisite)
+            other = Job.from_document(found[0], journal=found[1]) if found else None
+            change = _told(job, prerequisite, other)
+            if change is None:
+                continue
+            after = await self._cas(job, change)
+            if after is None:
+                return await self.get(job.id)
+            job = after
+        return job
+
+    async def _release_waiters(self, ended: Job) -> list[Job]:
+        """Tell all that wait for this job how it ended."""
+        ready: list[Job] = []
+        for _ in range(RETRIES):
+            rows = await self._queue.find({"open_deps": ended.id}).limit(WAITERS).to_list(None)
+            if not rows:
+                return ready
+            for row in rows:
+                seen = Job.from_document(row)
+                change = _told(seen, ended.id, ended)
+                after = await self._cas(seen, change) if change is not None else None
+                ready += [after] if after is not None and after.document.get("settle") else []
+        raise Unavailable(f"too many jobs wait for [{ended.id}]")
+
+    async def _follow(self, parent: Job, note: Mapping[str, Any]) -> list[Job]:
+        """Insert a job that follows; its id is derived, so that any number of tries makes one."""
+        if await self._journal.find_one({"_id": note["target"]}, {"_id": 1}) is not None:
+            return []
+        job = await self._insert(chains.follower(parent, note, utcnow()))
+        return [job] if job.document.get("settle") else []
+
+    async def _restart(self, parent: Job, note: Mapping[str, Any]) -> list[Job]:
         """Insert the child of a restart; its id is derived, so that any number of tries makes one."""
-        child_id = note["child_id"]
+        child_id = note["target"]
         if await self._journal.find_one({"_id": child_id}, {"_id": 1}) is not None:
-            return
-        document = parent.document
-        order = JobOrder(
-            name=parent.name,
-            args=parent.args,
-            namespace=parent.namespace,
-            options={name: document[name] for name in DEFAULTS if name in document},
-            unique=document["unique"],
-            keep_stopped=parent.keep_stopped,
-            username=note["by"],
-            hostname=note["hostname"],
-            request_id=note.get("request_id"),
-            parent_id=parent.id,
-            category=document.get("category"),
-        )
-        child = jobs.new_document(order, child_id, utcnow())
+            return []
+        again = [await self._newest(each) for each in parent.document.get("dependencies", ())]
+        order = chains.again(parent, note, again)
+        # Of a job that has run all have completed; else what is gone will be found to be.
+        waits = [] if parent.trial else await self._await(again, missing=True)
+        child = chains.document(order, child_id, utcnow(), open_deps=waits)
         child["trial"] = parent.trial
         try:
-            await self._insert(child)
+            job = await self._insert(child)
         except JobExists:
             if not note.get("promised"):
                 raise
             # A third took the place between two updates. The child's id was given away long before:
             # it runs beside the third rather than not at all.
             del child["unique_key"]
-            await self._insert(child)
+            job = await self._insert(child)
+        return [job] if job.document.get("settle") else []
+
+    async def _newest(self, job_id: ObjectId) -> ObjectId:
+        """The job, or the last of those that restarts have put in its place."""
+        for _ in range(RETRIES):
+            found = await self.document(job_id)
+            child_id = found[0]["enqueued"].get("child_id") if found else None
+            if child_id is None:
+                break
+            job_id = child_id
+        return job_id
 
     async def _is_open(self, child_id: ObjectId, parent: Job) -> bool:
         found = await self.document(child_id)
         if found is None:  # noted, not yet made: that is still to come
-            return bool(parent.document.get("outbox"))
+            return any(note["kind"] == "restart" for note in parent.outbox)
         document, journaled = found
         return not journaled and document["state"] not in FINAL
 
@@ -1082,6 +1227,20 @@ def _needed(row: Document, parents: Collection[ObjectId], young: datetime) -> bo
     if row.get("settle") or row.get("audit") or row.get("outbox") or row["enqueued"]["parent_id"] in parents:
         return True
     return bool(row.get("request_hash")) and row["enqueued"]["at"] > young
+
+
+def _told(waiting: Job, prerequisite: ObjectId, other: Job | None) -> Change | None:
+    """What becomes of a waiting job by what there is of a prerequisite; None if nothing yet."""
+    if other is None:
+        return transitions.prerequisite_failed(waiting, prerequisite, f"[{prerequisite}] is gone")
+    if other.state is State.COMPLETE:
+        return transitions.unblock(waiting, prerequisite)
+    if not other.has_ended:
+        return None
+    how = f"ended as {other.state}" if other.state in FINAL else f"was removed while {other.state}"
+    reason = (other.document.get("last_error") or {}).get("exception")
+    why = f"{other.name} [{prerequisite}] {how}" + (f": {reason}" if reason else "")
+    return transitions.prerequisite_failed(waiting, prerequisite, why)
 
 
 def _unstorable(why: str) -> Outcome:

@@ -57,7 +57,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Decision:
-    """The state a job goes to, what is left of its attempts and when it is due again."""
+    """The state a job goes to, what is left of its attempts and when it is due again, None for at once."""
 
     state: State
     attempts_left: int
@@ -78,7 +78,8 @@ def decide(job: Job, outcome: Outcome, now: datetime) -> Decision:
     if outcome.kind == "deferred":
         return Decision(State.DEFERRED, job.attempts_left, now + timedelta(seconds=job.defer_time))
     if left > 0:
-        return Decision(State.FAILED, left, now + timedelta(seconds=retry_delay(job, left)))
+        delay = retry_delay(job, left)
+        return Decision(State.FAILED, left, now + timedelta(seconds=delay) if delay else None)
     return Decision(State.ERROR, 0)
 
 

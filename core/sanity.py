@@ -17,7 +17,7 @@ from core4 import jobs
 from core4.jobs import HISTORY_LIMIT, Job
 from core4.results import has_ended
 from core4.states import FINAL, MOVES, WAITING, State
-from core4.transitions import HOLD, LINE, Change, entry, leaves
+from core4.transitions import HOLD, LINE, Change, deliverable, entry, leaves
 
 # What may follow what in a history; moves that keep the state keep each of theirs.
 _STEPS = {(state.value, state.value) for state in State} | {
@@ -78,7 +78,8 @@ def recalled(job: Job, by: str) -> dict[str, Any]:
 
 def with_child(seen: Job, child_id: ObjectId, by: str) -> Change:
     """Note a child once more that was promised and is not there."""
-    child = {"edge": "restart", "child_id": child_id, "by": by, "hostname": "", "promised": True}
+    child = {"kind": "restart", "target": child_id, "index": seen.document.get("restarts", 1) - 1}
+    child |= {"by": by, "hostname": "", "promised": True}
     note = entry(seen, seen.state, reason=f"repaired: its child {child_id} was missing", by=by)
     return Change("mend", {"outbox": [child], "settle": True}, entry=note)
 
@@ -114,7 +115,7 @@ def _settling(job: Job) -> Iterator[Flaw]:
     """What has ended leaves the queue, and its children are made, while `settle` says so."""
     marked, outbox = bool(job.document.get("settle")), job.document.get("outbox")
     if not has_ended(job.document):
-        if marked and not (outbox and job.state is not State.RUNNING):
+        if marked and not deliverable(job) and job.state is not State.BLOCKED:
             yield Flaw("unsettled", f"it is {job.state} and marked as ended", unset=("settle",))
     elif marked:
         yield Flaw("unsettled", "it has ended, and what follows from that has not been done")

@@ -30,6 +30,7 @@ from core4.catalogue import Catalogue
 from core4.database import Database, Document
 from core4.errors import BadArguments, BadOption, Conflict, NotFound, Unavailable, UnknownJob
 from core4.jobs import Job, JobOrder
+from core4.orders import chained
 from core4.queues import JobQueue
 from core4.timetable import DEFAULTS, FIELDS, LIMIT, check_name, checked
 
@@ -189,11 +190,17 @@ def order(
         hostname=socket.gethostname(),
         request_id=request_id,
         schedule_id=schedule_id,
+        **chained(entry),
     )
 
 
 def misfit(schedule: Schedule, entry: Mapping[str, Any]) -> list[dict[str, str]]:
-    """What of the schedule's arguments does not fit the job, as pointers and messages."""
+    """What of the schedule's arguments does not fit the job, as pointers and messages.
+
+    What its author gives it by `default_args` is bound when it is declared, whatever its type.
+    """
+    if schedule.args == entry.get("default_args"):
+        return []
     return signatures.check(entry.get("schema") or {}, dict(schedule.args))
 
 

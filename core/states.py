@@ -49,10 +49,14 @@ _RUNNING = {State.RUNNING}
 MOVES = MappingProxyType(
     {
         "claim": _move(WAITING, State.RUNNING),
-        "unblock": _move({State.BLOCKED}, State.PENDING),
+        # By whoever makes a job wait for this one: its end has to be told.
+        "await": _move(IDLE | {State.RUNNING}, *(IDLE | {State.RUNNING})),
+        # By the end of a prerequisite: one less to wait for, or none; or it failed, and so does this one.
+        "unblock": _move({State.BLOCKED}, State.BLOCKED, State.PENDING),
+        "depend": _move({State.BLOCKED}, State.ERROR),
         "start": _move(_RUNNING, State.RUNNING, held=True),
         "progress": _move(_RUNNING, State.RUNNING, held=True),
-        "release": _move(_RUNNING, State.PENDING, State.KILLED, held=True),
+        "release": _move(_RUNNING, State.PENDING, State.KILLED, State.ERROR, held=True),
         "finish": _move(
             _RUNNING, State.COMPLETE, State.FAILED, State.ERROR, State.DEFERRED, State.KILLED, held=True
         ),
@@ -79,7 +83,7 @@ MOVES = MappingProxyType(
         "remove": _move(IDLE | STOPPED, *(IDLE | STOPPED)),  # to the journal, keeps the state
         "wish_remove": _move(_RUNNING, State.RUNNING),
         "consume": _move(FINAL | IDLE, *(FINAL | IDLE)),  # the result was pulled, keeps the state
-        "settle": _move(FINAL | IDLE, *(FINAL | IDLE)),  # housekeeping of the outbox
+        "settle": _move(frozenset(State), *State),  # housekeeping of the outbox, keeps the state
     }
 )
 

@@ -84,10 +84,11 @@ class CoreJob:
     ========================  =======================================================================
     ``author``                who answers for the job; set on each class, not inherited
     ``attempts``              executions before the job ends as error (1)
-    ``error_time``            wait after a failure (600)
+    ``error_time``            wait after a failure, 0 for none (600)
     ``backoff``               factor by which that wait grows with each failure (1)
     ``error_time_max``        most that it grows to (86400)
     ``jitter``                share of the wait, 0 to 1, that is taken off at random (0)
+    ``max_crashes``           crashes after which the job ends as error; 1: it runs at most once (None)
     ``defer_time``            wait after `defer` (300)
     ``defer_max``             window for deferring, from the first start; then inactive (3600)
     ``timeout``               run time after which an attempt is ended as failed, None for never (None)
@@ -131,6 +132,7 @@ class CoreJob:
     backoff: float = OPTIONS["backoff"].default
     error_time_max: float = OPTIONS["error_time_max"].default
     jitter: float = OPTIONS["jitter"].default
+    max_crashes: int | None = OPTIONS["max_crashes"].default
     defer_time: float = OPTIONS["defer_time"].default
     defer_max: float = OPTIONS["defer_max"].default
     zombie_time: float = OPTIONS["zombie_time"].default

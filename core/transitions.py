@@ -13,7 +13,7 @@ from typing import Any
 
 from bson import ObjectId
 
-from core4 import jobs
+from core4 import chains, jobs
 from core4.errors import Conflict, JobNotFound, LeaseLost, ResultGone
 from core4.jobs import HISTORY_LIMIT, Job, Lease, Owner, utcnow
 from core4.results import has_ended
@@ -33,7 +33,7 @@ ACTIONS: Mapping[str, str] = {
     "reclaim": "rescue",
     "mend": "mend",
 }
-LINE = ("due", "held", "query_at", "expires")  # what makes a job wait, and for what
+LINE = ("due", "held", "query_at", "expires", "open_deps")  # what makes a job wait, and for what
 HOLD = ("lease", "slot")  # what the holder of a running job has
 ERROR_TEXT, TRACEBACK_TEXT = 16_384, 131_072  # characters kept of an exception and its traceback
 
@@ -201,11 +201,13 @@ def finish(seen: Job, lease: Lease, outcome: Outcome, log_seq: int) -> Change | 
     if decision.query_at is not None:
         fields["query_at"] = decision.query_at
         fields |= {"held": "worker"} if seen.worker else {}
+    elif decision.state is State.FAILED:
+        fields |= _in_line(seen)
     if decision.state is State.ERROR:
         fields["stopped_at"] = now
     if decision.state is State.DEFERRED:
         fields["expires"] = seen.inactive_at
-    fields |= _to_settle(seen, decision.state)
+    fields |= _follow_up(seen, fields)
     note = entry(seen, decision.state, reason=_reason(outcome), lease=lease.id)
     return _with_log(Change("finish", fields, unset=unset, entry=note), log_seq)
 
@@ -221,34 +223,39 @@ def killed(
     """The job ends as killed, whether it waited or ran."""
     now = utcnow()
     error = Outcome.killed(reason or (f"killed by {by}" if by else "killed on request"))
-    fields = {**ended(seen, State.KILLED), "last_error": _last_error(error, now)}
+    fields = ended(seen, State.KILLED, last_error=_last_error(error, now))
     if seen.killed_at is None:
         fields["killed_at"] = now
     if seen.state is State.RUNNING:
         fields["runtime"] = seen.runtime + _elapsed(seen, now)
     note = entry(seen, State.KILLED, reason=error.exception, by=by, lease=lease)
     # A restart that was asked for meanwhile hands the place in the queue to the child.
-    handed = ("unique_key",) if seen.document.get("outbox") else ()
+    handed = ("unique_key",) if any(each["kind"] == "restart" for each in seen.outbox) else ()
     return Change(move, fields, unset=(*HOLD, *LINE, *handed), entry=note)
 
 
-def ended(seen: Job, state: State) -> dict[str, Any]:
+def ended(seen: Job, state: State, **more: Any) -> dict[str, Any]:
     """The fields of any final state but complete."""
     now = utcnow()
-    return {
-        "state": state.value,
-        "finished_at": now,
-        "stopped_at": now,
-        "locked": None,
-        **_to_settle(seen, state),
-    }
+    fields = {"state": state.value, "finished_at": now, "stopped_at": now, "locked": None, **more}
+    return fields | _follow_up(seen, fields)
 
 
-def _to_settle(seen: Job, state: State) -> dict[str, Any]:
-    after = {**seen.document, "state": state.value}
-    if state in FINAL and (after.get("outbox") or _document_leaves(after)):
-        return {"settle": True}
-    return {}
+def _follow_up(seen: Job, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """What has to be done to other documents after the move that writes `fields`."""
+    after = {**seen.document, **fields}
+    notes = chains.followers(after)
+    outbox = [*seen.outbox, *notes]
+    final = State(after["state"]) in FINAL
+    found: dict[str, Any] = {"outbox": outbox} if notes else {}
+    if notes or (final and (outbox or _document_leaves(after))):
+        found["settle"] = True
+    return found
+
+
+def _in_line(seen: Job) -> dict[str, Any]:
+    """What puts a job in line that waits for nothing but a worker."""
+    return {"held": "worker"} if seen.worker else {"due": True}
 
 
 def settles(job: Job) -> bool:
@@ -292,6 +299,12 @@ def release(seen: Job, lease: Lease, reason: str, delay: float, evicted: int = 0
     require(seen, lease)
     if seen.killed_at is not None:
         return _with_log(killed(seen, "release", by=None, lease=lease.id), _last_seq(seen))
+    if seen.max_crashes == 1 and seen.claims == 0:
+        # It has begun, and may not begin again: whatever its author wanted is not to be done twice.
+        outcome = Outcome.failed(f"given up: {reason}; it runs at most once", [], "HALTED")
+        lost = ended(seen, State.ERROR, error_cat="HALTED", last_error=_last_error(outcome, utcnow()))
+        note = entry(seen, State.ERROR, reason=outcome.exception)
+        return _with_log(Change("release", lost, unset=HOLD, entry=note), _last_seq(seen))
     query_at = utcnow() + timedelta(seconds=delay) if delay > 0 else None
     change = back_in_line(seen, "release", reason, query_at=query_at)
     # A release before the start is the worker's doing, not a claim that went wrong.
@@ -309,9 +322,8 @@ def take_slot(seen: Job, lease: Lease, slot: str) -> Change:
 
 def wake(seen: Job, reason: str) -> Change:
     """What the job was held for has become free: it is in line again."""
-    fields: dict[str, Any] = {"held": "worker"} if seen.worker else {"due": True}
     note = entry(seen, seen.state, reason=reason)
-    return Change("wake", fields, unset=() if seen.worker else ("held",), entry=note)
+    return Change("wake", _in_line(seen), unset=() if seen.worker else ("held",), entry=note)
 
 
 def put_aside(seen: Job, lease: Lease, held: str) -> Change:
@@ -323,15 +335,20 @@ def put_aside(seen: Job, lease: Lease, held: str) -> Change:
     return replace(change, move="put_aside", set={**fields, "held": held})
 
 
-def kill(seen: Job, by: str) -> Change | None:
-    """End what nobody runs, flag what runs; None if that has been done."""
-    if seen.state is State.KILLED or (seen.state is State.RUNNING and seen.killed_at):
+def kill(seen: Job, by: str, *, chain: bool = False) -> Change | None:
+    """End what nobody runs, flag what runs; None if that has been done.
+
+    With `chain` nothing follows, even if the job is faster and completes.
+    """
+    flagged = seen.killed_at is not None and (not chain or seen.document.get("chain_killed"))
+    if seen.state is State.KILLED or (seen.state is State.RUNNING and flagged):
         return None
     if seen.state in FINAL or seen.removed_at:
         raise _refused(seen, "is {state} already")
     if seen.state is State.RUNNING:
         note = entry(seen, State.RUNNING, reason="kill requested", by=by)
-        return Change("flag_kill", {"killed_at": utcnow()}, entry=note)
+        more = {"chain_killed": True} if chain else {}
+        return Change("flag_kill", {"killed_at": seen.killed_at or utcnow(), **more}, entry=note)
     return killed(seen, "kill", by=by)
 
 
@@ -341,9 +358,9 @@ def remove(seen: Job, by: str) -> Change:
         raise JobNotFound(seen.id, f"job [{seen.id}] is not in the queue any more; see the journal")
     note = entry(seen, seen.state, reason="removed", by=by)
     if seen.state is not State.RUNNING:
-        return Change(
-            "remove", {"removed_at": utcnow(), "settle": True}, unset=(*LINE, "unique_key"), entry=note
-        )
+        fields = {"removed_at": utcnow()}
+        fields |= {} if seen.state in FINAL else _follow_up(seen, fields)
+        return Change("remove", {**fields, "settle": True}, unset=(*LINE, "unique_key"), entry=note)
     if seen.killed_at is None:
         raise _refused(seen, "is running: kill it first")
     return Change("wish_remove", {"removed_at": utcnow()}, entry=note)
@@ -363,7 +380,11 @@ def expire(seen: Job) -> Change:
 
 
 def rescue(seen: Job, max_crashes: int, max_claims: int) -> Change:
-    """What becomes of a job whose worker is dead: back in line, or error for what kills its workers."""
+    """What becomes of a job whose worker is dead: back in line, or error for what kills its workers.
+
+    The job's own `max_crashes` beats that of the settings.
+    """
+    max_crashes = seen.max_crashes or max_crashes
     if seen.killed_at is not None:
         return _with_log(killed(seen, "rescue", by=None), _last_seq(seen))
     started = seen.claims == 0
@@ -378,12 +399,13 @@ def rescue(seen: Job, max_crashes: int, max_claims: int) -> Change:
         else f"claimed {seen.claims} times and never started"
     )
     outcome = Outcome.crashed(reason)
-    fields = {
-        **ended(seen, State.ERROR),
-        "crashes": crashes,
-        "error_cat": outcome.error_cat,
-        "last_error": _last_error(outcome, utcnow()),
-    }
+    fields = ended(
+        seen,
+        State.ERROR,
+        crashes=crashes,
+        error_cat=outcome.error_cat,
+        last_error=_last_error(outcome, utcnow()),
+    )
     note = entry(seen, State.ERROR, reason=reason)
     return _with_log(Change("rescue", fields, unset=(*HOLD, *LINE), entry=note), _last_seq(seen))
 
@@ -397,10 +419,9 @@ def retry_now(seen: Job, by: str) -> Change | None:
     """A job that waits for its next attempt is due now; None if it is in line already."""
     if seen.document.get("query_at") is None:
         return None
-    fields: dict[str, Any] = {"held": "worker"} if seen.worker else {"due": True}
     note = entry(seen, seen.state, reason="restarted: due now", by=by)
     unset = ("query_at",) if seen.worker else ("query_at", "held")
-    return Change("retry", fields, unset=unset, entry=note)
+    return Change("retry", _in_line(seen), unset=unset, entry=note)
 
 
 def require_ended(seen: Job) -> None:
@@ -422,12 +443,14 @@ def link(
     seen: Job, child_id: ObjectId, by: str, hostname: str, *, wish: bool, request_id: str | None = None
 ) -> Change:
     """Name the child on its parent, and note it for whoever settles the parent."""
-    note = {"edge": "restart", "child_id": child_id, "by": by, "hostname": hostname, "request_id": request_id}
+    number = seen.document.get("restarts", 0)
+    note = {"kind": "restart", "target": child_id, "index": number}
+    note |= {"by": by, "hostname": hostname, "request_id": request_id}
     fields = {
         "enqueued.child_id": child_id,
-        "restarts": seen.document.get("restarts", 0) + 1,
+        "restarts": number + 1,
         # A wish is acknowledged before the child is made: then it has to be made.
-        "outbox": [{**note, "promised": True} if wish else note],
+        "outbox": [*seen.outbox, {**note, "promised": True} if wish else note],
     }
     line = entry(seen, seen.state, reason=f"restarted as {child_id}", by=by)
     if wish:
@@ -454,19 +477,60 @@ def consume(seen: Job, by: str, token: str) -> Change | None:
     )
 
 
+def wait_for(seen: Job) -> Change | None:
+    """Somebody is going to wait for this job; None if there is nothing to wait for, or that is known."""
+    if seen.has_ended or seen.document.get("awaited"):
+        return None
+    return Change("await", {"awaited": True})
+
+
+def unblock(seen: Job, done: ObjectId) -> Change | None:
+    """A prerequisite has completed; None if this job does not wait for it."""
+    waits = seen.document.get("open_deps", ())
+    if seen.state is not State.BLOCKED or done not in waits:
+        return None
+    left = [each for each in waits if each != done]
+    if left:
+        return Change("unblock", {"open_deps": left})
+    fields = {"state": State.PENDING.value, **_in_line(seen)}
+    note = entry(seen, State.PENDING, reason="its prerequisites have completed")
+    return Change("unblock", fields, unset=("open_deps",), entry=note)
+
+
+def prerequisite_failed(seen: Job, culprit: ObjectId, why: str) -> Change | None:
+    """A prerequisite did not complete: nor does this job, which is not tried; None if it does not wait."""
+    if seen.state is not State.BLOCKED or culprit not in seen.document.get("open_deps", ()):
+        return None
+    text = f"prerequisite {why}"
+    error = {**_last_error(Outcome.failed(text, []), utcnow()), "traceback": None}
+    fields = ended(
+        seen,
+        State.ERROR,
+        error_cat="DEPENDENCY",
+        last_error={**error, "dependency_failure": culprit},
+    )
+    return Change("depend", fields, unset=LINE, entry=entry(seen, State.ERROR, reason=text[:500]))
+
+
+def deliverable(job: Job) -> list[Mapping[str, Any]]:
+    """The notes of the outbox whose time has come: a restart waits for the end of a kill."""
+    return [note for note in job.outbox if note["kind"] != "restart" or job.has_ended]
+
+
 def settled(job: Job, *, unlink: bool) -> Change:
-    """The outbox is done; `unlink` takes a child back that could not be made.
+    """All that is `deliverable` is done; `unlink` takes a child back that could not be made.
 
     `settle` stays while the job has to leave the queue: a crash before the move is then repaired.
     """
-    unset = ["outbox"]
+    later = [note for note in job.outbox if note not in deliverable(job)]
+    unset = [] if later else ["outbox"]
     document = dict(job.document)
     if unlink:
         unset.append("enqueued.child_id")
         document["enqueued"] = {k: v for k, v in document["enqueued"].items() if k != "child_id"}
     if job.journal or not _document_leaves(document):
         unset.append("settle")
-    return Change("settle", unset=unset)
+    return Change("settle", {"outbox": later} if later else {}, unset=unset)
 
 
 def applied(document: Mapping[str, Any], change: Change, rev: int) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from core4.catalogue import Catalogue
-from core4.errors import BadArguments, Core4Error, JobExists, TooLarge, UnknownJob
+from core4.errors import BadArguments, Core4Error, JobExists, JobInvalid, TooLarge, UnknownJob
 from core4.jobs import Job, canonical, derived_id
 from core4.orders import make_order
 from core4.queues import JobQueue
@@ -34,7 +34,7 @@ class Children:
         name, args = str(wanted["name"]), dict(wanted["args"])
         try:
             child = await persist(lambda: self._enqueue(name, args))
-        except (BadArguments, JobExists, TooLarge, UnknownJob) as refused:
+        except (BadArguments, JobExists, JobInvalid, TooLarge, UnknownJob) as refused:
             return {"refused": _refusal(refused)}
         self._asked[_kind(name, args)] += 1
         return {"enqueued": str(child.id)}

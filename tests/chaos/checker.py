@@ -3,6 +3,7 @@
 Pure, and on purpose without a line of the product: what it knows of states and ids it knows by itself.
 
 C1   an acknowledged enqueue is never lost               C7   in the end nothing is open
+C8   what follows from a job, follows once, and then
 C2   no job that nobody asked for                        C9   one job per fire of a schedule
 C3   what came of an unknown answer was really asked     C11  only legal moves, a final state is never left
 C4   one document, one outcome, by the holder            C12  a follower sees all, once, in order, one end
@@ -264,6 +265,28 @@ def c7_drained(case: Case) -> Found:
                 yield str(document["_id"]), f"still has {name}: {document[name]}"
 
 
+def c8_chains(case: Case) -> Found:
+    """Each follower of what completed is there, and nothing of it began too early."""
+    for job, document in case.documents.items():
+        began = next(iter(_claims(document)), None)
+        prerequisites = [chain_id(job, "before", n) for n in range(len(document.get("run_before") or ()))]
+        prerequisites += [str(each) for each in document.get("dependencies") or ()]
+        for each in prerequisites:
+            before = case.documents.get(each)
+            if began is not None and (before is None or before["state"] != "complete"):
+                yield job, f"was started, its prerequisite {each} has not completed"
+            elif began is not None and before is not None and before["finished_at"] > began["at"]:
+                yield job, f"was started before its prerequisite {each} had completed"
+        if document["state"] != "complete" or document.get("chain_killed"):
+            continue
+        for number, name in enumerate(document.get("run_after") or ()):
+            follower = case.documents.get(chain_id(job, "after", number))
+            if follower is None:
+                yield job, f"completed, its follower {name} is nowhere"
+            elif follower["enqueued"]["at"] < document["finished_at"]:
+                yield job, f"its follower {name} was there before it had completed"
+
+
 def c9_fires(case: Case) -> Found:
     if case.evidence.fires is None:
         return
@@ -380,6 +403,7 @@ CHECKS: Mapping[str, Callable[[Case], Found]] = {
     "C5": c5_fenced,
     "C6": c6_executions,
     "C7": c7_drained,
+    "C8": c8_chains,
     "C9": c9_fires,
     "C10": c10_messages,
     "C11": c11_moves,
@@ -437,16 +461,30 @@ def _is_rescue(entry: Mapping[str, Any]) -> bool:
 
 
 def _children(case: Case, document: Document) -> set[str]:
-    """The ids that this job may have as the child of a restart of its parent."""
+    """The ids that this job may have as the child of a restart of its parent, or by a hook of it."""
     parent = case.documents.get(str(document["enqueued"].get("parent_id")))
     if parent is None:
         return set()
-    return {restart_id(str(parent["_id"]), number) for number in range(parent.get("restarts", 0))}
+    found = {restart_id(str(parent["_id"]), number) for number in range(parent.get("restarts", 0))}
+    ends = parent["rev"] if parent.get("on_failure") else 0
+    numbers = {
+        "before": len(parent.get("run_before") or ()),
+        "after": len(parent.get("run_after") or ()) if parent["state"] == "complete" else 0,
+        "failure": ends,
+    }
+    return found | {
+        chain_id(str(parent["_id"]), edge, n) for edge, most in numbers.items() for n in range(most)
+    }
 
 
 def restart_id(parent: str, number: int) -> str:
     """The id of the child of a parent's restart of this number, from 0: it keeps the parent's time."""
-    return _derived(parent, "restart", number)
+    return chain_id(parent, "restart", number)
+
+
+def chain_id(parent: str, edge: str, number: int) -> str:
+    """The id of a job that comes of another one by an edge of this number."""
+    return _derived(parent, edge, number)
 
 
 def fire_id(schedule: str, instant: datetime) -> str:

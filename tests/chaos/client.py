@@ -7,7 +7,7 @@ import json
 import os
 import socket
 import uuid
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -82,11 +82,19 @@ class Actor:
     # ------------------------------------------------------------------ as a client
 
     async def enqueue(
-        self, key: str, *, once: bool = False, unique: bool = True, keep_stopped: bool = True, **options: Any
+        self,
+        key: str,
+        *,
+        once: bool = False,
+        unique: bool = True,
+        keep_stopped: bool = True,
+        chain: Mapping[str, Any] | None = None,
+        **options: Any,
     ) -> Job:
         """Enqueue; an unknown or refused one raises, as nothing can go on without it.
 
-        With `once` under an id that is derived from the key, so that it may be asked for again.
+        With `once` under an id that is derived from the key, so that it may be asked for again. `chain` are
+        fields of the order that say how the job hangs together with others.
         """
         job_id = derived_id(key) if once else None
         order = JobOrder(
@@ -96,6 +104,7 @@ class Actor:
             unique=unique,
             keep_stopped=keep_stopped,
             username="chaos",
+            **(chain or {}),
         )
         job = await self._ask(
             "enqueue",
@@ -123,6 +132,10 @@ class Actor:
         """Kill, and note what it was told."""
         told = await self._ask("kill", job_id, lambda: self.queue.kill(job_id, by="chaos"))
         return told[0] if told else None
+
+    async def kill_chain(self, job_id: ObjectId) -> None:
+        """Kill all of a chain."""
+        await self._ask("kill_chain", job_id, lambda: self.queue.kill_chain(job_id, by="chaos"))
 
     async def remove(self, job_id: ObjectId) -> Job | None:
         """Remove, and note what it was told."""

@@ -117,13 +117,13 @@ def random_child_id() -> None:
     """Each try to make the child of a restart makes another one."""
 
     def make(spawn: Any) -> Any:
-        async def fresh(self: JobQueue, parent: Job, note: Mapping[str, Any]) -> None:
+        async def fresh(self: JobQueue, parent: Job, note: Mapping[str, Any]) -> Any:
             unkeyed = replace(parent, document={**parent.document, "unique": False})
-            await spawn(self, unkeyed, {**note, "child_id": ObjectId()})
+            return await spawn(self, unkeyed, {**note, "target": ObjectId()})
 
         return fresh
 
-    _patch(JobQueue, "_spawn", make)
+    _patch(JobQueue, "_restart", make)
 
 
 @plant

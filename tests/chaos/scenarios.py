@@ -332,6 +332,94 @@ scenario(
     after(finished("complete"), _without_settling(restart)),
 )
 
+# ---------------------------------------------------------------------- jobs that hang together
+
+
+def spec(name: str, **more: Any) -> dict[str, Any]:
+    """What a job knows of a task that follows from it."""
+    takes = {"parameters": ["value"], "required": [], "more": False}
+    return {"name": name, "namespace": "DEFAULT", "options": {}, **takes, "keep_stopped": False, **more}
+
+
+HOOKS = (
+    spec("t:one", run_before=["t:two"]),
+    spec("t:two"),
+    spec("t:odd", parameters=["a", "b"], required=["a", "b"], on_failure="t:two"),
+)
+BEFORE: dict[str, Any] = {"run_before": ["t:one", "t:two"], "hooks": HOOKS}
+AFTER: dict[str, Any] = {"run_after": ["t:one", "t:odd"], "hooks": HOOKS}
+HANDLED: dict[str, Any] = {"on_failure": "t:one", "hooks": HOOKS}
+
+
+def dependents(*keys: str) -> Step:
+    """Jobs that wait for the first one, or each for the one before it."""
+
+    async def step(actor: Actor) -> None:
+        before = job_id(actor)
+        for key in keys:
+            before = (await actor.enqueue(key, chain={"dependencies": [before]})).id
+            actor.kept["waiting"] = before
+
+    return step
+
+
+async def kill_chain(actor: Actor) -> None:
+    """From its first job on, whoever made that."""
+    for name in (QUEUE, JOURNAL):
+        row = await actor.database.collection(name).find_one({"args.key": "k1"})
+        if row is not None:
+            await actor.kill_chain(row["_id"])
+
+
+async def chain_is_dead(actor: Actor) -> None:
+    for name in (QUEUE, JOURNAL):
+        for row in await actor.database.collection(name).find({}).to_list(None):
+            assert row["state"] == "killed", row["name"]
+
+
+async def run_first(actor: Actor) -> None:
+    """The first job in line completes; what is let go by that waits."""
+    (first,) = await actor.claim()
+    await actor.run(first)
+
+
+scenario("enqueue-dependent", dependents("k2", "k3"), enqueued())
+scenario("enqueue-dependent-of-ended", dependents("k2"), finished("failed", attempts=1))
+scenario("enqueue-with-prerequisites", enqueued(chain=BEFORE))
+scenario("finish-lets-go", finish, after(started(), dependents("k2", "k3")))
+scenario(
+    "finish-fails-dependents",
+    lambda actor: actor.finish(job(actor), "failed"),
+    after(started(attempts=1), dependents("k2", "k3")),
+)
+scenario("finish-last-prerequisite", run_first, after(enqueued(chain=BEFORE), run_first, run_first))
+scenario("finish-followed", finish, started(chain=AFTER))
+scenario(
+    "finish-handled", lambda actor: actor.finish(job(actor), "failed"), started(attempts=1, chain=HANDLED)
+)
+scenario(
+    "finish-round-handled",
+    lambda actor: actor.finish(job(actor), "failed"),
+    started(attempts=5, chain={**HANDLED, "retry_policy": "retry_always"}),
+)
+scenario("kill-prerequisite", kill, after(enqueued(), dependents("k2", "k3")))
+scenario("remove-prerequisite", remove, after(enqueued(), dependents("k2")))
+scenario("kill-blocked", kill, enqueued(chain=BEFORE))
+scenario(
+    "restart-dependent",
+    lambda actor: actor.restart(actor.kept["waiting"]),
+    after(enqueued(), dependents("k2"), kill, restart),
+)
+scenario("rescue-at-most-once", rescue, after(started(max_crashes=1), dependents("k2"), bury_self))
+scenario("release-at-most-once", lambda actor: actor.release(job(actor)), started(max_crashes=1))
+scenario(
+    "kill-chain",
+    kill_chain,
+    after(enqueued(chain=BEFORE | AFTER)),
+    proof=chain_is_dead,
+    repeat=True,
+)
+
 # ---------------------------------------------------------------------- the other stores
 
 

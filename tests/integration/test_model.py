@@ -492,10 +492,10 @@ async def connected(url: str, name: str, home: Path) -> tuple[Database, Counting
 
 def legal() -> set[str]:
     """Every move of the table that this machine can make."""
-    # Nothing makes a blocked job yet, progress is no compare-and-set, nothing is paused or limited here, and
+    # No job waits for another one here, progress is no compare-and-set, nothing is paused or limited, and
     # nobody breaks what would have to be mended.
     return set(states.MOVES) - {
-        *("unblock", "progress", "put_aside", "take_slot", "wake", "mend", "reclaim"),
+        *("await", "unblock", "depend", "progress", "put_aside", "take_slot", "wake", "mend", "reclaim"),
     }
 
 

@@ -21,8 +21,8 @@ FOLDERS = {"core": "core4", "api": "core4.api", "worker": "core4.worker"}
 LAYERS = (
     (
         "words",
-        "errors states options jobs results retries transitions schemas permissions filters signatures cron "
-        "timetable orders sanity findings messages",
+        "errors states options jobs results retries chains transitions schemas permissions filters "
+        "signatures cron timetable orders sanity findings messages",
     ),
     ("ground", "config faults database changes service embedded identifiers"),
     (
