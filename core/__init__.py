@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from core4.client import Client as Client
+    from core4.decorated import task as task
     from core4.errors import Core4Error as Core4Error
     from core4.jobs import Job as Job
     from core4.queues import JobQueue as JobQueue
@@ -26,6 +27,7 @@ _HOME = {
     "Job": "core4.jobs",
     "JobQueue": "core4.queues",
     "State": "core4.states",
+    "task": "core4.decorated",
 }
 
 __all__ = [*_HOME, "__version__"]

@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any, TypeGuard
 
+from core4 import signatures
 from core4.context import Deferred, Ended, JobContext, result_problem, running
 from core4.tasks import CoreJob
 
@@ -37,7 +38,7 @@ def perform(
         return asyncio.run(perform_async(found, context, result_limit=result_limit, debug=debug))
     with running(context):
         try:
-            result = _body(found, context)(**context.args)
+            result = _call(found, context)
         except BaseException as error:
             return _raised(error, debug=debug)
     return _returned(result, result_limit)
@@ -49,7 +50,7 @@ async def perform_async(
     """Run one attempt of a coroutine function on the running loop; otherwise like `perform`."""
     with running(context):
         try:
-            result = await _body(found, context)(**context.args)
+            result = await _call(found, context)
         except BaseException as error:
             return _raised(error, debug=debug)
     return _returned(result, result_limit)
@@ -59,8 +60,12 @@ def _is_class(found: Runnable) -> TypeGuard[type[CoreJob]]:
     return isinstance(found, type) and issubclass(found, CoreJob)
 
 
-def _body(found: Runnable, context: JobContext) -> Callable[..., Any]:
-    return found(context).execute if _is_class(found) else inspect.unwrap(found)
+def _call(found: Runnable, context: JobContext) -> Any:
+    if _is_class(found):
+        return found(context).execute(**context.args)
+    function = inspect.unwrap(found)
+    positional, named = signatures.call_args(function, context.args)
+    return function(*positional, **named)
 
 
 def _raised(error: BaseException, *, debug: bool) -> Ended:

@@ -22,6 +22,7 @@ from typing import Any
 from core4 import signatures
 from core4.attempts import Runnable
 from core4.context import formatted, safe_repr
+from core4.decorated import Task, entries
 from core4.errors import JobInvalid, NotAClass, NotAJob, UnknownModule, UnknownName
 from core4.options import OPTIONS, stored
 from core4.tasks import CoreJob, is_abstract, require_runnable
@@ -58,6 +59,8 @@ def load(targets: Iterable[str]) -> Found:
         for module in modules(target, found.problems):
             for job_class in _defined_in(module):
                 _add(found, target, job_class)
+            for each in _tasks_of(module):
+                _add_task(found, target, each)
     found.entries, clashes = without_clashes(found.entries)
     found.problems.extend(clashes)
     return found
@@ -210,14 +213,14 @@ def without_clashes(
         first = by_name.setdefault(entry["_id"], dict(entry))
         if (first["file"], first["qualname"]) != (entry["file"], entry["qualname"]):
             both = " and ".join(f"{one['qualname']} in {one['file']}" for one in (first, entry))
-            problems.append(Problem(entry["file"], f"two classes are published as [{entry['_id']}]: {both}"))
+            problems.append(Problem(entry["file"], f"two jobs are published as [{entry['_id']}]: {both}"))
     clashing = {row.error.split("[")[1].split("]")[0] for row in problems}
     return [entry for name, entry in by_name.items() if name not in clashing], problems
 
 
-def file_of(job_class: type[CoreJob]) -> str:
-    """The file that defines a class."""
-    return getattr(sys.modules.get(job_class.__module__), "__file__", None) or job_class.__module__
+def file_of(found: type[CoreJob] | Task[..., Any]) -> str:
+    """The file that defines a class or a task."""
+    return getattr(sys.modules.get(found.__module__), "__file__", None) or found.__module__
 
 
 def _add(found: Found, target: str, job_class: type[CoreJob]) -> None:
@@ -231,6 +234,24 @@ def _add(found: Found, target: str, job_class: type[CoreJob]) -> None:
         return
     found.classes[job_class.qual_name] = job_class
     found.entries.append({**entry, "target": target})
+
+
+def _add_task(found: Found, target: str, each: Task[..., Any]) -> None:
+    try:
+        described = entries(each)
+    except JobInvalid as error:
+        found.problems.append(Problem(target, error.detail))
+        return
+    except Exception as error:  # a signature with objects that do odd things
+        found.problems.append(problem(target, error))
+        return
+    found.entries += [{**entry, "file": file_of(each), "target": target} for entry in described]
+
+
+def _tasks_of(module: ModuleType) -> Iterator[Task[..., Any]]:
+    """The tasks a module defines itself, each once whatever its names."""
+    own = [each for each in vars(module).values() if isinstance(each, Task)]
+    yield from dict.fromkeys(each for each in own if each.__module__ == module.__name__)
 
 
 def _defined_in(module: ModuleType) -> Iterator[type[CoreJob]]:

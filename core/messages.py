@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from marshmallow import ValidationError
@@ -17,6 +17,7 @@ from core4.errors import BadArguments, BadMessage, InvalidJson, TooLarge
 from core4.jobs import canonical
 from core4.options import OPTIONS
 from core4.schemas import MessageArguments, json_problems
+from core4.signatures import FURTHER
 
 _SCHEMA = MessageArguments()
 
@@ -100,6 +101,13 @@ def bind(entry: Mapping[str, Any], message: Message) -> dict[str, Any]:
     Raises: BadArguments for too many, or for one that is given twice.
     """
     parameters = list((entry.get("schema") or {}).get("properties", ()))
+    properties = (entry.get("schema") or {}).get("properties", {})
+    further = next((name for name in parameters if properties[name].get("x-kind") == FURTHER), None)
+    if further is not None:
+        first = parameters[: parameters.index(further)]
+        split = {further: [*message.args[len(first) :]]} if len(message.args) > len(first) else {}
+        plain = {**entry, "schema": {"properties": {name: properties[name] for name in first}}}
+        return {**bind(plain, replace(message, args=message.args[: len(first)])), **split}
     if len(message.args) > len(parameters):
         text = f"takes {len(parameters)} positional arguments, not {len(message.args)}"
         raise BadArguments([{"pointer": "/args", "message": text}])

@@ -14,11 +14,12 @@ import json
 import re
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from core4.errors import JobInvalid
 
+FURTHER = "var_positional"  # the `x-kind` of what takes further positional arguments
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 Schema = dict[str, Any]
 
@@ -34,8 +35,11 @@ _OBJECTS = (dict, collections.abc.Mapping, collections.abc.MutableMapping)
 _MOST_ERRORS = 20
 
 
-def schema(func: Callable[..., Any]) -> Schema:
+def schema(func: Callable[..., Any], *, positional: bool = False) -> Schema:
     """JSON Schema of the keyword arguments of `func`; a leading ``self`` does not count.
+
+    With `positional`, further positional arguments (``*args``) are an array under their name, which
+    ``x-kind`` marks: `call_args` gives them back as they are meant.
 
     An annotation that JSON Schema cannot express accepts anything and keeps its text in ``x-python``.
 
@@ -53,7 +57,11 @@ def schema(func: Callable[..., Any]) -> Schema:
             further = _of(hints[name]) if hints.get(name, Any) is not Any else True
         elif parameter.kind is parameter.POSITIONAL_ONLY:
             raise JobInvalid(f"the parameter {name} is positional-only: arguments of a job are given by name")
-        elif parameter.kind is not parameter.VAR_POSITIONAL:
+        elif parameter.kind is parameter.VAR_POSITIONAL:
+            if positional:
+                items = _of(hints.get(name, Any))
+                properties[name] = {"type": "array", **({"items": items} if items else {}), "x-kind": FURTHER}
+        else:
             properties[name] = _property(parameter, hints.get(name, Any), texts.get(name))
             if parameter.default is parameter.empty:
                 required.append(name)
@@ -64,6 +72,34 @@ def schema(func: Callable[..., Any]) -> Schema:
         "required": required,
         "additionalProperties": further,
     }
+
+
+def named_args(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by name, those of ``*args`` as a list under its name.
+
+    Raises: TypeError as the call itself would.
+    """
+    signature = inspect.signature(func)
+    found: dict[str, Any] = {}
+    for name, value in signature.bind(*args, **kwargs).arguments.items():
+        kind = signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_KEYWORD:
+            found |= value
+        else:
+            found[name] = list(value) if kind is inspect.Parameter.VAR_POSITIONAL else value
+    return found
+
+
+def call_args(func: Callable[..., Any], args: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What to call `func` with, given its arguments by name: the opposite of `named_args`."""
+    parameters = inspect.signature(func).parameters
+    further = next((name for name, each in parameters.items() if each.kind is each.VAR_POSITIONAL), None)
+    if further is None or not args.get(further):
+        return (), {name: value for name, value in args.items() if name != further}
+    before = list(parameters)[: list(parameters).index(further)]
+    given = [args[name] if name in args else parameters[name].default for name in before]
+    rest = {name: value for name, value in args.items() if name not in (*before, further)}
+    return (*given, *args[further]), rest
 
 
 def check(schema: Mapping[str, Any], args: Any) -> list[dict[str, str]]:

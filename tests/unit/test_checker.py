@@ -178,6 +178,11 @@ BROKEN: Mapping[str, tuple[str, Callable[[], Evidence]]] = {
             CLEAN, journal=(document(), document("d" * 24, result=None)), operations=(ENQUEUED,), followers=()
         ),
     ),
+    "follower-that-is-nowhere": ("C8", lambda: replace(CLEAN, journal=(document(run_after=["t:next"]),))),
+    "begun-before-its-prerequisite": (
+        "C8",
+        lambda: replace(CLEAN, journal=(document(dependencies=[CHILD]),)),
+    ),
     "in-both": ("C4", lambda: replace(CLEAN, queue=(document(),))),
     "two-outcomes": ("C4", lambda: with_history(*HISTORY, entry(9, "error", "lease-2"))),
     "no-outcome-told": ("C4", lambda: with_history(*HISTORY[:4], state="complete")),

@@ -29,7 +29,7 @@ LAYERS = (
         "stores",
         "controls events queues bulk catalogue registry logs users schedules doctor brokers inbox rabbit",
     ),
-    ("authors", "tasks context attempts discovery testing examples producers"),
+    ("authors", "tasks decorated context attempts discovery testing examples producers"),
     ("sides", "api worker"),
     (
         "doors",
