@@ -29,7 +29,7 @@ from core4.options import OPTIONS
 
 Document = dict[str, Any]
 
-ALWAYS = (400, 503)  # what any request can meet
+ALWAYS = (400, 429, 503)  # what any request can meet
 _TYPES: Mapping[type[fields.Field[Any]], str] = {
     schemas.Int: "integer",
     schemas.Number: "number",
@@ -50,6 +50,8 @@ _SECTIONS = {
     "event": "Manager: workers",
     "queue": "Manager: workers",
     "doctor": "Manager: workers",
+    "event": "Manager: workers",
+    "queue": "Manager: jobs",
 }
 _SIMPLE = {"integer", "number", "string", "boolean", "null"}
 _KEY: Document = {
@@ -192,7 +194,7 @@ def _responses(route: Route, answer: Answer) -> Document:
 
 def _failures(route: Route, answer: Answer) -> Document:
     statuses = {*ALWAYS, *answer.fails}
-    statuses |= set() if route.access == "open" else {401, 403, 429}
+    statuses |= set() if route.access == "open" else {401, 403}
     statuses |= {403, 408, 413, 415} if route.method != "GET" else set()
     content = {PROBLEM: {"schema": {"$ref": "#/components/schemas/Problem"}}}
     return {str(n): {"description": HTTPStatus(n).phrase, "content": content} for n in sorted(statuses)}
