@@ -50,8 +50,6 @@ _SECTIONS = {
     "event": "Manager: workers",
     "queue": "Manager: workers",
     "doctor": "Manager: workers",
-    "event": "Manager: workers",
-    "queue": "Manager: jobs",
 }
 _SIMPLE = {"integer", "number", "string", "boolean", "null"}
 _KEY: Document = {
