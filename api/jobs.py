@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import socket
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from datetime import UTC, datetime
 from time import monotonic
 from typing import Any, TypeVar
@@ -47,6 +47,7 @@ _CATALOGUE_ROW = (
     *("_id", "author", "created_at", "updated_at", "doc", "schedule", "tag"),
     *("namespace", "kind", "schema", "options", "unique"),
 )
+_SHOWN = 20  # prerequisites that a blocked job's document names
 _LOG_ORDER = {"_id", "created", "epoch", "seq"}
 
 
@@ -239,7 +240,21 @@ async def detail(request: web.Request, args: Args) -> web.Response:
         controls = await request.app[CONTROLS].read()
         held = controls.of_job(document["name"], document["namespace"], document.get("worker"))
         row["paused"] = vars(held) if held else None
+    if document["state"] == State.BLOCKED and not journal:
+        row["waits_for"] = await _waits_for(request, document.get("open_deps") or ())
     return reply(request, row)
+
+
+async def _waits_for(request: web.Request, ids: Sequence[ObjectId]) -> list[dict[str, Any]]:
+    """The first of the jobs that a blocked one waits for."""
+    rows = []
+    for job_id in ids[:_SHOWN]:
+        found = await request.app[QUEUE].document(job_id)
+        if found is not None:
+            name, state = found[0]["name"], found[0]["state"]
+            shown = name if request[USER].may.may_read(name) else UNAUTHORIZED
+            rows.append({"_id": job_id, "qual_name": shown, "state": state})
+    return rows
 
 
 async def missing_id(request: web.Request, args: Args) -> web.Response:
@@ -293,11 +308,23 @@ def _log_descending(sort: list[Any]) -> bool:
 async def kill(request: web.Request, args: Args) -> web.Response:
     """PUT job/kill/<_id>: end a job; waits a moment for the outcome."""
     job_id, _, _ = await _find(request, "x")
+    if args["chain"]:
+        return await _kill_chain(request, job_id)
     job, changed = await whole(request.app[QUEUE].kill(job_id, by=request[USER].name))
     document: Document = job.document
     if job.state is State.RUNNING:
         document = await wait_for(request, job_id, _kill_wait(request)) or document
     return _changed(request, document, changed=changed)
+
+
+async def _kill_chain(request: web.Request, job_id: ObjectId) -> web.Response:
+    user, queue = request[USER], request.app[QUEUE]
+    for job in await queue.open_chain(job_id):
+        if not user.may.may_execute(job.name):
+            raise Forbidden(f"user [{user.name}] has no right to execute job [{job.id}] of the chain")
+    told = await whole(queue.kill_chain(job_id, by=user.name))
+    rows = [{"_id": job.id, "state": job.state, "changed": changed} for job, changed in told]
+    return reply(request, True, jobs=rows)
 
 
 async def remove(request: web.Request, args: Args) -> web.Response:

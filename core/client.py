@@ -334,6 +334,12 @@ class Client:
         """End a job; returns its state and whether that changed. `running`: the worker is at it."""
         return self._change("kill", job_id)
 
+    def kill_chain(self, job_id: str) -> Documents:
+        """End all jobs that hang together with this one; id, state and whether that changed of each."""
+        reply = self._call("PUT", f"job/kill/{quote(job_id, safe='')}", {"chain": True})
+        rows: Documents = reply["jobs"]
+        return rows
+
     def remove(self, job_id: str) -> Document:
         """Move a job that is not running to the journal."""
         return self._change("remove", job_id)

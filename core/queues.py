@@ -512,12 +512,10 @@ class JobQueue:
 
         Raises: JobNotFound; Unavailable if the chain grows faster than it is ended: try again.
         """
-        first = await self.get(job_id)
-        chain_id = first.document.get("chain_id") or first.id
         told: dict[ObjectId, tuple[Job, bool]] = {}
         for _ in range(RETRIES):
             # What waits first: nothing of it must be let loose by the end of the others.
-            left = sorted(await self._of_chain(chain_id), key=lambda job: job.state is State.RUNNING)
+            left = sorted(await self.open_chain(job_id), key=lambda job: job.state is State.RUNNING)
             if not left:
                 return list(told.values())
             for job in left:
@@ -529,10 +527,15 @@ class JobQueue:
                     await self._try_settle(after)
                     if not before.has_ended:
                         told[job.id] = after, after.rev != before.rev
-        raise Unavailable(f"the chain [{chain_id}] is busy, try again")
+        raise Unavailable(f"the chain of [{job_id}] is busy, try again")
 
-    async def _of_chain(self, chain_id: ObjectId) -> list[Job]:
-        """Jobs of a chain that may go on, or of which something may follow."""
+    async def open_chain(self, job_id: ObjectId) -> list[Job]:
+        """The jobs of this one's chain that may go on, or of which something may follow.
+
+        Raises: JobNotFound.
+        """
+        first = await self.get(job_id)
+        chain_id = first.document.get("chain_id") or first.id
         rows = await self._queue.find({"chain_id": chain_id}).to_list(None)
         rows += [row] if (row := await self._queue.find_one({"_id": chain_id, "chain_id": None})) else []
         found = [Job.from_document(row) for row in rows]

@@ -444,6 +444,12 @@ class TaskArguments(Arguments):
         unknown = INCLUDE
 
 
+class KillArguments(Arguments):
+    """Whether the whole chain of the job is meant."""
+
+    chain = Bool(load_default=False)
+
+
 class FollowedArguments(Arguments):
     """Whether the answer is a stream."""
 

@@ -483,3 +483,30 @@ async def test_bearer_and_basic_are_the_same_user(api: Api) -> None:
     token = (await api.call("GET", "/login")).data["token"]
 
     assert (await api.call("GET", "/job", auth=None, headers=bearer(token))).status == 200
+
+
+async def test_a_blocked_job_says_for_what_and_its_chain_is_killed_by_one_request(
+    api: Api, runner: Runner
+) -> None:
+    """The hooks come from the catalogue; whoever waits shows for whom."""
+    await runner.publish("t:first", kind="task")
+    await runner.publish("t:last", kind="task", run_before=["t:first"])
+    job_id = await api.enqueue("t:last")
+    detail = await api.detail(job_id)
+    answer = await api.call("PUT", f"/job/kill/{job_id}", json={"chain": True})
+
+    assert detail["state"] == "blocked"
+    assert [(row["qual_name"], row["state"]) for row in detail["waits_for"]] == [("t:first", "pending")]
+    assert answer.data is True
+    assert {(row["state"], row["changed"]) for row in answer.body["jobs"]} == {("killed", True)}
+    assert len(answer.body["jobs"]) == 2
+
+
+async def test_hooks_that_cannot_be_followed_are_refused(api: Api, runner: Runner) -> None:
+    await runner.publish("t:round", kind="task", run_after=["t:back"])
+    await runner.publish("t:back", kind="task", run_after=["t:round"])
+    answer = await api.call("POST", "/job", json={"qual_name": "t:round", "follow": False})
+
+    assert answer.status == 422
+    assert "lead back: t:round -> t:back -> t:round" in answer.body["detail"]
+    assert (await api.call("GET", "/job/queue")).data == []
