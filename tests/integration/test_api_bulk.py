@@ -10,7 +10,9 @@ import pytest
 from bson import ObjectId
 
 from core4 import bulk
+from core4.config import Settings
 from core4.database import Database
+from core4.faults import Faults, armed
 from core4.queues import JobQueue
 from core4.retries import Outcome
 from core4.states import State
@@ -215,3 +217,24 @@ async def test_a_call_is_bounded_in_time(queue: JobQueue, monkeypatch: pytest.Mo
         assert [job["_id"] for job in report.jobs] == [job_id]
         place = bulk.Place.parse(str(report.more)) if report.more else place
     assert report.more is None
+
+
+async def test_a_database_that_stops_answering(
+    queue: JobQueue, database: Database, settings: Settings
+) -> None:
+    """What was done is told, nothing of the job at which it stopped; the next call goes on there."""
+    ids = [(await queue.enqueue(order(args={"n": n}))).id for n in range(3)]
+    with armed(Faults.parse("lose queues:_cas:update_one 2")):
+        faulty = JobQueue(database, settings)
+        report = await bulk.act_on_many(faulty, "kill", {}, bulk.Place.parse(""), limit=100, by="ann")
+    assert [(job["_id"], job["outcome"]) for job in report.jobs] == [(ids[0], "changed")]
+    assert str(ids[1]) in str(report.stopped)
+
+    place = bulk.Place.parse(str(report.more))
+    report = await bulk.act_on_many(queue, "kill", {}, place, limit=100, by="ann")
+    # The write whose reply was lost had been made.
+    assert [(job["_id"], job["outcome"]) for job in report.jobs] == [
+        (ids[1], "unchanged"),
+        (ids[2], "changed"),
+    ]
+    assert (report.stopped, report.more) == (None, None)
