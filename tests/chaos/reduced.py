@@ -53,6 +53,7 @@ class Weather(Faults):
     rate: float = 0.1
     counts: Counter[str] = field(default_factory=Counter)
     freeze: Callable[[], Awaitable[None]] | None = None
+    stall: Callable[[], Awaitable[None]] | None = None  # of an insert
 
     async def perform(self, hit: Hit, write: Callable[[], Awaitable[T]]) -> T:
         # What comes seldom is hit more often: a crash between two writes of a move, not only at a start.
@@ -65,7 +66,7 @@ class Weather(Faults):
         if fault == "die before":
             raise Died
         if fault == "late":
-            self._later(write)
+            self._later(write, self.stall if hit.function == "_insert" else None)
             raise AutoReconnect("late on purpose")
         if fault == "freeze" and self.freeze is not None:
             await self.freeze()
@@ -76,9 +77,9 @@ class Weather(Faults):
             raise AutoReconnect("lost on purpose")
         return result
 
-    def _later(self, write: Callable[[], Awaitable[T]]) -> None:
+    def _later(self, write: Callable[[], Awaitable[T]], stall: Callable[[], Awaitable[None]] | None) -> None:
         async def land() -> None:
-            await asyncio.sleep(self.dice.choice(STALLS))
+            await (stall() if stall else asyncio.sleep(self.dice.choice(STALLS)))
             await asyncio.gather(write(), return_exceptions=True)
 
         task = asyncio.create_task(land())
@@ -155,6 +156,7 @@ class World:
             self.weathers.append(weather)
             with faults.armed(weather):
                 actor = Actor(self.database, self.settings, self.history, self.home / "ledger")
+            weather.stall = self._stall
             weather.freeze = lambda actor=actor: self._freeze(actor)
             try:
                 await life(actor)
@@ -163,6 +165,13 @@ class World:
                 self.counts["died"] += 1
             except AssertionError:  # the engine's own: a process that ends with a traceback
                 self.counts["failed"] += 1
+
+    async def _stall(self) -> None:
+        """Until some more jobs are done, however fast the machine is: the insert finds its own among them."""
+        journal = self.database.collection("sys.journal")
+        wanted = await journal.count_documents({}) + self.dice.choice((0, 2, 10, 30))
+        while not self.done.is_set() and await journal.count_documents({}) < wanted:
+            await asyncio.sleep(0.05)
 
     async def _freeze(self, actor: Actor, job: Job | None = None) -> None:
         """Stand still until others have taken what this actor holds; for a `job`, until one runs it."""
