@@ -398,7 +398,7 @@ def user_list(output: str) -> None:
     help="As for `user add`; repeatable. Without any the user may see no job.",
 )
 def user_rights(name: str, rights: tuple[str, ...]) -> None:
-    """Give a user these rights instead of those before.
+    """Give a user these rights instead of those before; none without any. Tokens have to be asked for anew.
 
     \b
     Example:
@@ -422,21 +422,6 @@ def user_passwd(name: str) -> None:
     password = _new_password(name)
     _with_users(lambda users: users.set_password(name, password), "user.passwd", user=name)
     click.echo(f"the password of {name} is changed")
-
-
-@user.command("allow")
-@click.argument("name")
-@click.argument("rights", nargs=-1, metavar="[RIGHT]...")
-def user_allow(name: str, rights: tuple[str, ...]) -> None:
-    """Give a user these rights instead of those before; none without any. Tokens have to be asked for anew.
-
-    \b
-    Examples:
-      core4 user allow carol 'job://reports\\..*/x' 'job://.*/r'
-      core4 user allow carol cop
-    """
-    _with_users(lambda users: users.set_rights(name, list(rights)))
-    click.echo(f"{name} may: {', '.join(rights) or 'sign in, but see no job'}")
 
 
 @user.command("enable")
