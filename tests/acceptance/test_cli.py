@@ -433,8 +433,8 @@ def test_who_did_what(cli: Cli) -> None:
     """Each action has its line, found by job and by author; users are changed at this machine."""
     job_id = cli("job", "enqueue", "cli_jobs.Fails", "n=7101", "--worker", "nobody@nowhere").strip()
     cli("job", "kill", job_id)
-    cli("user", "add", "dora", "--allow", "cop", CORE4_NEW_PASSWORD="secret")
-    cli("user", "add", "dora", code=2, CORE4_NEW_PASSWORD="secret")
+    cli("user", "add", "edith", "--allow", "cop", CORE4_NEW_PASSWORD="secret")
+    cli("user", "add", "edith", code=2, CORE4_NEW_PASSWORD="secret")
 
     rows = cli.json("events", "--job", job_id)
     assert [(row["name"], row["author"], row["outcome"]) for row in rows] == [
@@ -442,19 +442,19 @@ def test_who_did_what(cli: Cli) -> None:
         ("job.enqueue", "admin", "done"),
     ]
     assert all(row["request_id"] for row in rows)
-    cli("user", "rights", "dora", "--allow", "job://cli_jobs/r")
+    cli("user", "rights", "edith", "--allow", "job://cli_jobs/r")
     cli("user", "rights", "nobody", code=2)
 
     def about(name: str, user: str) -> list[Any]:
         return [row for row in cli.json("events", "--name", name) if row["data"]["user"] == user]
 
-    (changed,), (unknown,) = about("user.rights", "dora"), about("user.rights", "nobody")
+    (changed,), (unknown,) = about("user.rights", "edith"), about("user.rights", "nobody")
     assert (changed["outcome"], changed["data"]["rights"]) == ("done", ["job://cli_jobs/r"])
     assert unknown["outcome"].startswith("refused: ")
-    (refused, added) = about("user.add", "dora")
+    (refused, added) = about("user.add", "edith")
     assert cli.json("events", "--name", "user.add", "--since", "2026-01-01")
-    assert added["data"] == {"user": "dora", "rights": ["cop"]}
-    assert (added["outcome"], refused["outcome"]) == ("done", "refused: user [dora] exists")
+    assert added["data"] == {"user": "edith", "rights": ["cop"]}
+    assert (added["outcome"], refused["outcome"]) == ("done", "refused: user [edith] exists")
     assert "secret" not in cli("events", "--name", "user.add")
     assert {"api.start", "worker.start"} <= {row["name"] for row in cli.json("events", "--per-page", "500")}
     cli("job", "remove", job_id)
