@@ -169,6 +169,7 @@ class Answer:
     bare: bool = False  # JSON without the envelope
     succeeds: tuple[int, ...] = (200,)
     beside: Mapping[str, Schema] = field(default_factory=dict)
+    perhaps: Mapping[str, Schema] = field(default_factory=dict)  # beside it, in some answers
     idempotent: bool = False  # takes an Idempotency-Key
 
 
@@ -201,7 +202,7 @@ ANSWERS: Mapping[Any, Answer] = {
     jobs.detail: Answer(_ref("Job"), (404,)),
     jobs.follow: Answer(fails=(404,), stream=True, silent=True, succeeds=(200, 204)),
     jobs.log_lines: Answer(_ref("LogLine"), (404,), page=True, stream=True, succeeds=(200, 204)),
-    jobs.kill: Answer(_TRUE, (404, 409), beside=_CHANGED),
+    jobs.kill: Answer(_TRUE, (404, 409), beside=_CHANGED, perhaps={"jobs": _list(_CHANGED["job"])}),
     jobs.remove: Answer(_TRUE, (404, 409), beside=_CHANGED),
     jobs.restart: Answer(ID, (404, 409), stream=True),
     batch.enqueue_many: Answer(_list(_object("outcome", outcome=TEXT))),

@@ -324,7 +324,10 @@ async def _kill_chain(request: web.Request, job_id: ObjectId) -> web.Response:
             raise Forbidden(f"user [{user.name}] has no right to execute job [{job.id}] of the chain")
     told = await whole(queue.kill_chain(job_id, by=user.name))
     rows = [{"_id": job.id, "state": job.state, "changed": changed} for job, changed in told]
-    return reply(request, True, jobs=rows)
+    own = next((row for row in rows if row["_id"] == job_id), None)
+    if own is None:  # it has ended before
+        own = {"_id": job_id, "state": (await queue.get(job_id)).state, "changed": False}
+    return reply(request, True, job=own, jobs=rows)
 
 
 async def remove(request: web.Request, args: Args) -> web.Response:

@@ -214,10 +214,11 @@ def _success(answer: Answer, status: int) -> Document:
 
 def _enveloped(answer: Answer) -> Document:
     data = {"type": "array", "items": answer.data} if answer.page else answer.data
-    members = {"data": data, **answer.beside}
+    always = {"data": data, **answer.beside}
     parts: list[Document] = [{"$ref": "#/components/schemas/Envelope"}]
     parts += [{"$ref": "#/components/schemas/Pager"}] if answer.page else []
-    return {"allOf": [*parts, {"type": "object", "properties": members, "required": list(members)}]}
+    members = {**always, **answer.perhaps}
+    return {"allOf": [*parts, {"type": "object", "properties": members, "required": list(always)}]}
 
 
 # ---------------------------------------------------------------------- what can be enqueued

@@ -10,10 +10,8 @@ from time import monotonic
 from core4.errors import TooManyRequests, Unavailable
 
 PERIOD = 300.0  # seconds in which all wrong passwords are forgiven
-PER_USER, PER_ADDRESS = (
-    10,
-    100,
-)  # of them: many may share an address, and one of them must not lock out the others
+# Wrong passwords in that time; many may share an address, and one of them must not lock out the others.
+PER_USER, PER_ADDRESS = 10, 100
 SEAT_WAIT = 5.0  # seconds after which to ask again for a stream
 _BUCKETS = 10_000  # kept; the one not used for longest goes first
 
