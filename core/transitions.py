@@ -50,7 +50,12 @@ class Change:
 
 
 def signed(change: Change, request_id: str | None) -> Change:
-    """The change as it is written: an action says that it is one, and has to be told in the audit."""
+    """The change as it is written: an action says that it is one, and has to be told in the audit.
+
+    So has what was done to a job that ends and stays in the queue: no move to the journal sees to it.
+    """
+    if change.set.get("stopped_at") and not change.set.get("settle"):
+        change = replace(change, set={**change.set, "audit": True})
     action = ACTIONS.get(change.move)
     if action is None or change.entry is None:
         return change
