@@ -30,12 +30,12 @@ from hypothesis.stateful import (
 from core4 import states, transitions
 from core4.config import Settings
 from core4.database import Database
-from core4.errors import Conflict, Core4Error, JobExists, JobNotFound, LeaseLost
+from core4.errors import Conflict, Core4Error, JobExists, JobNotFound, LeaseLost, ResultGone
 from core4.jobs import Job, JobOrder, Owner, derived_id, utcnow
 from core4.queues import JOURNAL, QUEUE, JobQueue
 from core4.retries import Outcome
 from core4.sanity import flaws
-from core4.states import FINAL, WAITING, Flag, State
+from core4.states import FINAL, STOPPED, WAITING, Flag, State
 
 EXAMPLES = int(os.environ.get("CORE4_TEST_EXAMPLES", "60"))
 # Hypothesis leaves rules out for whole examples: batches with other seeds until everything was reached.
@@ -77,6 +77,7 @@ class Row:
     claims: int = 0
     trial: int = 0
     flags: set[str] = field(default_factory=set)
+    pulled: bool = False
     written: set[str] = field(default_factory=set)
 
     def shown(self) -> dict[str, Any]:
@@ -96,6 +97,7 @@ class Row:
             "claims": self.claims,
             "trial": self.trial,
             "flags": self.flags,
+            "pulled": self.pulled,
         }
 
     @property
@@ -120,6 +122,7 @@ def stored(document: dict[str, Any], *, journal: bool) -> dict[str, Any]:
         "claims": document["claims"],
         "trial": document["trial"],
         "flags": {flag for flag in FLAGS if document[f"{flag}_at"] is not None},
+        "pulled": document.get("consumed") is not None,
     }
 
 
@@ -274,6 +277,15 @@ class QueueMachine(RuleBasedStateMachine):
                 self.settle(row)
 
     @precondition(lambda self: self.rows)
+    @rule(pick=picks)
+    def consume(self, pick: int) -> None:
+        row = self.row(pick)
+        ended = row.state in FINAL or (row.removed and row.state is not State.RUNNING)
+        error = None if ended and not row.pulled else ResultGone if ended else Conflict
+        self.expect("consume", row.state.value, error, lambda: self.queue.consume(row.id, by="ann"))
+        row.pulled = row.pulled or ended
+
+    @precondition(lambda self: self.rows)
     @rule(
         pick=picks, buttons=st.lists(st.sampled_from(("kill", "restart", "remove")), min_size=2, max_size=3)
     )
@@ -409,6 +421,16 @@ class QueueMachine(RuleBasedStateMachine):
         self.raw(row, expires=utcnow() - timedelta(seconds=1))
         assert self.do(self.queue.expire()) == 1
         self.end(row, State.INACTIVE)
+
+    @precondition(lambda self: any(row.state in STOPPED and not row.journal for row in self.rows))
+    @rule(pick=picks)
+    def retire(self, pick: int) -> None:
+        stopped = [row for row in self.rows if row.state in STOPPED and not row.journal]
+        row = stopped[pick % len(stopped)]
+        before = utcnow() - timedelta(days=30)
+        self.raw(row, stopped_at=before - timedelta(seconds=1))
+        assert self.do(self.queue.retire(before, 10)) == 1
+        row.journal, row.holds = True, False
 
     @rule(number=st.integers(0, 1))
     def rescue(self, number: int) -> None:
