@@ -22,7 +22,7 @@ from core4.orders import make_order
 from core4.queues import JOURNAL, QUEUE, JobQueue
 from core4.registry import WorkerRegistry
 from core4.states import State
-from tests.helpers import FAST
+from tests.helpers import FAST, eventually_async
 from tests.integration.test_worker import House
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -43,6 +43,8 @@ class Floor:
         return (await self.queue.enqueue(make_order(entry, args, args_cap=10_000, username="ann"))).id
 
     async def ended(self, job_id: ObjectId) -> Job:
+        """The job when it has ended; one that follows is made a moment after the end of its parent."""
+        await eventually_async(lambda: self.queue.document(job_id), what=f"job [{job_id}]")
         return await self.house.reach(job_id)
 
     async def follower(self, job: Job, edge: str = "after", index: int = 0) -> Job:
