@@ -73,8 +73,10 @@ def _raised(error: BaseException, *, debug: bool) -> Ended:
         return Ended("deferred", message=str(error)[:_DEFER_TEXT])
     if debug:
         raise error
-    # The first frame is this module's and tells the author nothing.
-    frames = error.__traceback__.tb_next if error.__traceback__ else None
+    # The first frames are this module's and tell the author nothing.
+    frames = error.__traceback__
+    while frames is not None and frames.tb_frame.f_code.co_filename == __file__:
+        frames = frames.tb_next
     return Ended.failed(error, frames)
 
 
