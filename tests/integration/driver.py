@@ -241,6 +241,20 @@ def order(name: str = "tests.Job", **more: Any) -> JobOrder:
     return JobOrder(**{"name": name, "username": "ann", **more})
 
 
+OWNER = Owner("owner", "worker@here", "here", 1)
+
+
+async def claim(queue: JobQueue, limit: int = 10) -> list[Job]:
+    """What a worker with so many free slots is given."""
+    return await queue.claim(OWNER, namespaces=["DEFAULT"], limit=limit)
+
+
+async def held(queue: JobQueue, job: Job) -> str | None:
+    """Why the job is out of the line."""
+    found: str | None = (await queue.get(job.id)).document.get("held")
+    return found
+
+
 def states(events: Sequence[Event]) -> list[str]:
     """The states that events told, without repeats that follow each other."""
     told = [event.data["state"] for event in events if event.kind == "state"]

@@ -19,15 +19,14 @@ from bson import ObjectId
 from core4.config import Settings
 from core4.controls import CONTROL, RateStore
 from core4.database import Database
-from core4.jobs import Job, Owner, new_document, utcnow
+from core4.jobs import Job, new_document, utcnow
 from core4.options import Rate
 from core4.queues import QUEUE, JobQueue
 from core4.retries import Outcome
 from core4.states import State
 from tests.helpers import ROOT
-from tests.integration.driver import order
+from tests.integration.driver import OWNER, claim, held, order
 
-OWNER = Owner("owner", "worker@here", "here", 1)
 LIMIT, PROCESSES = 10, 3
 
 
@@ -45,15 +44,6 @@ async def put(queue: JobQueue, count: int, name: str = "a.B", *, first: int = 0,
         await queue.enqueue(order(name, args={"n": n}, options={"rate_limit": "2/1h", **options}))
         for n in range(first, first + count)
     ]
-
-
-async def claim(queue: JobQueue, limit: int = 10) -> list[Job]:
-    return await queue.claim(OWNER, namespaces=["DEFAULT"], limit=limit)
-
-
-async def held(queue: JobQueue, job: Job) -> str | None:
-    found: str | None = (await queue.get(job.id)).document.get("held")
-    return found
 
 
 async def pass_time(database: Database, hours: float = 1) -> None:

@@ -12,14 +12,13 @@ import pytest
 
 from core4.config import Settings
 from core4.database import Database
-from core4.jobs import Job, Owner
+from core4.jobs import Job
 from core4.queues import QUEUE, JobQueue
 from core4.retries import Outcome
 from core4.states import State
 from tests.helpers import ROOT
-from tests.integration.driver import order
+from tests.integration.driver import OWNER, claim, held, order
 
-OWNER = Owner("owner", "worker@here", "here", 1)
 JOBS, PROCESSES, LIMIT = 200, 4, 3
 
 
@@ -37,15 +36,6 @@ async def put(queue: JobQueue, count: int, name: str = "a.B", *, first: int = 0,
         await queue.enqueue(order(name, args={"n": n}, options={"max_running": 2, **options}))
         for n in range(first, first + count)
     ]
-
-
-async def claim(queue: JobQueue, limit: int = 10) -> list[Job]:
-    return await queue.claim(OWNER, namespaces=["DEFAULT"], limit=limit)
-
-
-async def held(queue: JobQueue, job: Job) -> str | None:
-    found: str | None = (await queue.get(job.id)).document.get("held")
-    return found
 
 
 async def test_no_more_than_the_limit_is_claimed(queue: JobQueue) -> None:
