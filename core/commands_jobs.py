@@ -103,15 +103,32 @@ def enqueue(name: str, args: tuple[str, ...], attach: bool, output: str, **optio
         return _started(client, job_id, attach, output)
 
 
+def _listing(command: Callable[..., None]) -> Callable[..., None]:
+    """The options of a list of jobs: which ones, and which page."""
+    for option in reversed(
+        (
+            click.option(
+                "--state",
+                "states",
+                multiple=True,
+                type=click.Choice(STATES),
+                help="Only these states; repeatable.",
+            ),
+            click.option("--search", help="Part of the job's name, with ? and *."),
+            click.option(
+                "--filter", "where", help='More conditions as JSON, like {"args.month": "2026-01"}.'
+            ),
+            click.option("--page", type=int, default=0, show_default=True, help="Page; -1 is the last one."),
+            click.option("--per-page", type=click.IntRange(1, MOST_ROWS), default=50, show_default=True),
+            JSON_OPTION,
+        )
+    ):
+        command = option(command)
+    return command
+
+
 @job.command()
-@click.option(
-    "--state", "states", multiple=True, type=click.Choice(STATES), help="Only these states; repeatable."
-)
-@click.option("--search", help="Part of the job's name, with ? and *.")
-@click.option("--filter", "where", help='More conditions as JSON, like {"args.month": "2026-01"}.')
-@click.option("--page", type=int, default=0, show_default=True, help="Page; -1 is the last one.")
-@click.option("--per-page", type=click.IntRange(1, MOST_ROWS), default=50, show_default=True)
-@JSON_OPTION
+@_listing
 def queue(output: str, **query: Any) -> None:
     """List the jobs in the queue.
 
@@ -132,14 +149,7 @@ def queue(output: str, **query: Any) -> None:
 
 
 @job.command()
-@click.option(
-    "--state", "states", multiple=True, type=click.Choice(STATES), help="Only these states; repeatable."
-)
-@click.option("--search", help="Part of the job's name, with ? and *.")
-@click.option("--filter", "where", help='More conditions as JSON, like {"args.month": "2026-01"}.')
-@click.option("--page", type=int, default=0, show_default=True, help="Page; -1 is the last one.")
-@click.option("--per-page", type=click.IntRange(1, MOST_ROWS), default=50, show_default=True)
-@JSON_OPTION
+@_listing
 def history(output: str, **query: Any) -> None:
     """List finished and removed jobs, the last ones first.
 
