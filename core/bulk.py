@@ -94,8 +94,8 @@ async def act_on_many(
 
     Raises: PyMongoError or Unavailable if the database does not answer before anything was done.
     """
-    matched = await queue.count(place.behind(where), journal=journal) if place.after is None else None
-    ids = await queue.ids(place.behind(where), limit=limit + 1, journal=journal)
+    matched = await queue.store.count(place.behind(where), journal=journal) if place.after is None else None
+    ids = await queue.store.ids(place.behind(where), limit=limit + 1, journal=journal)
     report = Report(matched)
     deadline = monotonic() + BUDGET
     for job_id in ids[:limit]:

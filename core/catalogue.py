@@ -27,21 +27,19 @@ class Catalogue:
             await self._publish({**entry})
 
     async def _publish(self, entry: Document) -> None:
-        name = entry.pop("_id")
-        known = await self._jobs.find_one({"_id": name})
-        if known is not None and all(known.get(key) == value for key, value in entry.items()):
-            return
-        now = utcnow()
+        name = entry["_id"]
         for _ in range(2):
+            known = await self._jobs.find_one({"_id": name})
+            now = utcnow()
+            times = {"created_at": (known or {}).get("created_at", now), "updated_at": now}
+            if known is not None and {**known, **times} == {**entry, **times}:
+                return
             try:
-                await self._jobs.update_one(
-                    {"_id": name},
-                    {"$set": {**entry, "updated_at": now}, "$setOnInsert": {"created_at": now}},
-                    upsert=True,
-                )
+                # All of it: what its author has dropped must not stay.
+                await self._jobs.replace_one({"_id": name}, {**entry, **times}, upsert=True)
                 return
             except DuplicateKeyError:
-                continue  # another worker published it first: now it is an update
+                continue  # another worker published it first: now it is known
 
     async def get(self, name: str) -> Document | None:
         """The entry of this qual_name; `hooked` are those of all tasks that can follow from it, if any."""

@@ -6,7 +6,9 @@ is noted in the `outbox` of the update that makes it follow; a note has a `kind`
 
     job      make the job `target`, by the `edge` before, after or failure
     restart  make the job `target`, which takes this one's place
-    release  let loose whoever waits for this job
+    release  let loose whoever waits for this job, or for the child `target` that is not to be
+    post     put its end into the return queue `queue`
+    hush     end what its attempts called up to that of `fence`: they were lost, and nobody hears of it
 """
 
 from __future__ import annotations
@@ -140,9 +142,22 @@ def followers(after: Document) -> list[dict[str, Any]]:
     if handler and _has_failed(after, state) and not after.get("chain_killed"):
         # Not only once for a task that is always retried: the revision tells one round from the next.
         notes.append(_note(job_id, "failure", after["rev"], handler, data=_failure(after)))
-    if after.get("awaited") and (state in FINAL or after.get("removed_at")):
-        notes.append({"kind": "release", "target": job_id, "index": 0})
+    if state in FINAL or after.get("removed_at"):
+        notes += [_post(job_id, index, name) for index, name in enumerate(after.get("return_queues") or ())]
+        if after.get("awaited"):
+            notes.append({"kind": "release", "target": job_id, "index": 0})
     return notes
+
+
+def _post(job_id: ObjectId, index: int, queue: str) -> dict[str, Any]:
+    target = jobs.derived_id(job_id, "return", index)
+    return {"kind": "post", "target": target, "index": index, "queue": queue}
+
+
+def hush(job: Job) -> dict[str, Any]:
+    """The note of an attempt that was lost with its worker, for the jobs that it has called."""
+    target = jobs.derived_id(job.id, "hush", job.fence)
+    return {"kind": "hush", "target": target, "index": 0, "fence": job.fence}
 
 
 def _has_failed(after: Document, state: State) -> bool:
@@ -189,6 +204,8 @@ def again(parent: Job, note: Document, dependencies: Sequence[ObjectId]) -> JobO
         on_failure=found.get("on_failure"),
         hooks=found.get("hooks") or (),
         chain_id=found.get("chain_id"),
+        label=found.get("label"),
+        function=found.get("function"),
     )
 
 
@@ -201,8 +218,7 @@ def follower(parent: Job, note: Document, now: datetime) -> dict[str, Any]:
     args = _args(spec, parent.document, note)
     order = _order(parent, spec, note, args or {})
     if args is not None:
-        awaited = {"awaited": True} if note["edge"] == "before" else {}
-        return document(order, note["target"], now) | awaited
+        return document(order, note["target"], now)
     return _misfit(document(order, note["target"], now), spec, now)
 
 
@@ -213,6 +229,7 @@ def _known(parent: Document) -> Iterator[Document]:
 def _order(parent: Job, spec: Document, note: Document, args: Mapping[str, Any]) -> JobOrder:
     hooked = bool(hooks_of(spec))
     handler = spec.get("on_failure")
+    before = note["edge"] == "before"
     return JobOrder(
         name=spec["name"],
         args=args,
@@ -224,7 +241,9 @@ def _order(parent: Job, spec: Document, note: Document, args: Mapping[str, Any])
         hostname=parent.document["enqueued"].get("hostname") or "",
         parent_id=parent.id,
         chain_id=parent.document.get("chain_id") or parent.id,
-        consumed_by=parent.id if note["edge"] == "before" else None,
+        consumed_by=parent.id if before else None,
+        place=parent.rank if before else None,
+        depth=parent.document.get("depth", 0) + 1 if before else 0,
         category=parent.document.get("category"),
         retry_policy=spec.get("retry_policy"),
         run_before=spec.get("run_before") or (),

@@ -28,6 +28,8 @@ from core4.errors import ConfigError
 
 PREFIX = "CORE4_"
 TEST_PREFIX = "CORE4_TEST_"  # left to test suites
+WORKER_TYPES = ("inprocess", "subprocess", "tmux")
+DEBUG = "_debug"  # namespace of the jobs that no worker runs but one that was started for them
 MIB = 1024 * 1024
 
 # Variables of the client library and the command line; they are no settings of a daemon.
@@ -37,14 +39,18 @@ OTHER_VARIABLES: Mapping[str, str] = {
     "CORE4_USER": "user name for the API",
     "CORE4_PASSWORD": "password for the API",
     "CORE4_TOKEN": "bearer token for the API, instead of user name and password",
+    "CORE4_FUNCTION_KEY": "key with which functions are signed that are run elsewhere, as NAME:SECRET",
     "CORE4_NEW_PASSWORD": "password that `core4 user add` and `core4 user passwd` set",
 }
 SECRET_VARIABLES = (
     "CORE4_MONGO_URL",
     "CORE4_BROKER_URL",
+    "CORE4_WORKER_SECRET",
     "CORE4_PASSWORD",
     "CORE4_TOKEN",
     "CORE4_NEW_PASSWORD",
+    "CORE4_FUNCTION_KEY",
+    "CORE4_FUNCTION_KEYS",
 )
 
 
@@ -135,6 +141,16 @@ def _check_broker_url(url: str) -> None:
         valid = False
     if not valid:
         raise ValidationError("not an AMQP URL")
+
+
+def _check_manager(url: str) -> None:
+    try:
+        parts = urlsplit(url)
+        valid = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        valid = False
+    if not valid or parts.username or parts.query or parts.fragment:
+        raise ValidationError("not the URL of a manager")
 
 
 def _check_origin(origin: str) -> bool:
@@ -246,16 +262,37 @@ class Settings:
         "127.0.0.1", r"[A-Za-z0-9_.:-]{1,255}", "a host name or address", "Address on which the API listens."
     )
     port: int = _count(5001, "Port on which the API listens; 0 takes a free one.", least=0, most=65535)
+    manager: str | None = _setting(
+        None,
+        fields.String(validate=_check_manager),
+        "http://HOST:PORT or https://HOST:PORT",
+        "Where a worker without a database finds its manager. Unset: it uses the database.",
+    )
+    worker_secret: str | None = _setting(
+        None,
+        fields.String(validate=validate.Length(8, 1000)),
+        "8 to 1000 characters",
+        "Secret that managers and the workers that come to them over HTTP share; it is never sent. "
+        "Unset: no such workers are let in.",
+        secret=True,
+    )
     jobs: tuple[str, ...] = _setting(
         (),
         _Strings(),
         "modules or .py files",
         "What holds the jobs: modules like `my.jobs` or files like `my_jobs.py`.",
     )
+    worker_task_dir: Path | None = _setting(  # noqa: RUF009 - the type confuses the check
+        None,
+        _Folder(),
+        "a folder",
+        "Folder with the files of tasks that have `subprocess=True`; the variable `WORKER_TASK_DIR` "
+        "comes first.",
+    )
     namespaces: tuple[str, ...] = _setting(
         ("DEFAULT",),
-        _Strings(r"[A-Za-z0-9_-]{1,100}"),
-        "names of A-Z a-z 0-9 _ -",
+        _Strings(rf"(?!{DEBUG}\Z)[A-Za-z0-9_-]{{1,100}}"),
+        f"names of A-Z a-z 0-9 _ -, but {DEBUG}",
         "Namespaces that the worker serves.",
     )
     slots: int | None = _count(None, "Jobs that a worker runs at the same time. Unset: cores x 2.", most=1000)
@@ -265,6 +302,27 @@ class Settings:
         "1 to 100 of A-Z a-z 0-9 . _ -",
         "Name of the worker; its host is added: `worker@host`.",
     )
+    worker_type: str = _choice(
+        "inprocess", WORKER_TYPES, "How the worker was started; set by whoever starts it."
+    )
+    worker_nr: int | None = _count(
+        None, "Number that the worker wants, for its display name `w<nr>`. Unset: the lowest free one."
+    )
+    worker_launch: str | None = _setting(
+        None,
+        fields.String(validate=validate.Regexp(r"[A-Za-z0-9._-]{1,100}\Z")),
+        "1 to 100 of A-Z a-z 0-9 . _ -",
+        "Mark by which a supervisor knows the worker that it has started; set by it.",
+    )
+    worker_jobs: int | None = _count(
+        None, "Jobs that the worker runs before it stops. Unset: any.", most=1_000_000_000
+    )
+    worker_timeout: float | None = _seconds(
+        None,
+        "Longest time of any job on this worker, also of one without a limit of its own. Unset: any.",
+        most=30 * 86400,
+    )
+    worker_debug: bool = _switch("Serve the debug jobs (namespace `_debug`) and nothing else.")
     reload: bool = _switch("Load job files again when they change.")
     scheduler: bool = _switch(
         "Make the jobs that are due by their schedules; any number of workers may do so.", default=True
@@ -295,6 +353,30 @@ class Settings:
     )
     broker_require_id: bool = _switch("Refuse messages without an id: without one a redelivery is a new job.")
     broker_any_namespace: bool = _switch("Let a message name another namespace than that of its queue.")
+    functions: bool = _switch(
+        "Run functions that are shipped as source: an API takes them, a worker runs them. Read the page on "
+        "shipped source before."
+    )
+    function_keys: tuple[str, ...] = _setting(
+        (),
+        _Strings(r"[A-Za-z0-9._-]{1,50}:[!-~]{32,200}"),
+        "NAME:SECRET with 32 printable characters or more, as `core4 function key NAME` makes them",
+        "Keys of those whose functions the worker runs.",
+        secret=True,
+    )
+    function_ports: tuple[str, ...] = _setting(
+        ("80", "443"),
+        _Strings(r"[1-9][0-9]{0,3}|[1-5][0-9]{4}"),
+        "numbers of ports, from 1 to 59999",
+        "TCP ports, of any host, to which shipped functions may connect; do not add the database's.",
+    )
+    function_folders: tuple[str, ...] = _setting(
+        (),
+        _Strings(r"/.*"),
+        "absolute paths of folders",
+        "Folders in which shipped functions may read and write, beside one of their own that is deleted "
+        "when they end.",
+    )
     heartbeat: float = _seconds(5.0, "How often a worker shows that it is alive.", most=3600)
     dead_after: float = _seconds(
         30.0, "Silence after which a worker is declared dead and its jobs are rescued."
@@ -331,6 +413,11 @@ class Settings:
         "Available memory of the machine below which a worker starts only jobs with force.",
         most=1024 * 1024 * MIB,
     )
+    max_waiting: int = _count(
+        100,
+        "Jobs of a worker that wait for jobs they have called; from then on it starts only such as "
+        "somebody waits for.",
+    )
     max_processes: int = _count(
         500, "Processes that one job may have at a time, children of children included; more end it."
     )
@@ -344,6 +431,13 @@ class Settings:
     keep_journal_days: float = _days(
         30.0,
         "Age, since they came there, after which jobs are deleted from the journal with their logs.",
+    )
+    keep_result_days: float = _days(
+        0.0, "Age after which results that nobody has pulled are dropped; their jobs stay in the journal."
+    )
+    keep_return_days: float = _days(
+        7.0,
+        "Age after which the records of return queues are deleted, whether somebody has taken them or not.",
     )
     keep_log_days: float = _days(
         30.0, "Age after which log lines are deleted, but those of a job that is not over."
@@ -360,9 +454,11 @@ class Settings:
     max_body: int = _size(MIB, "Largest body of a request.", most=64 * MIB)
     sse_ping: float = _seconds(15.0, "Time between heartbeat comments of a stream.", most=300)
     sse_buffer: int = _size(MIB, "Events held for one slow follower before it is cut.", most=256 * MIB)
-    streams: int = _count(5000, "Streams that one API process holds open at the same time.", most=1_000_000)
+    streams: int = _count(
+        5000, "Streams and waiting requests that one API process holds open at the same time.", most=1_000_000
+    )
     streams_per_user: int = _count(
-        20, "Of these, the streams of one user: as many pages and commands may follow jobs.", most=1_000_000
+        20, "Of these, those of one user: as many pages and commands may follow jobs.", most=1_000_000
     )
     requests_per_user: int | None = _count(
         None, "Requests per second that one API process takes from one user. Unset: any.", most=1_000_000
@@ -447,7 +543,13 @@ class Settings:
     def shown(self, name: str) -> Any:
         """The value of a setting as it may be shown: secrets are masked."""
         value = getattr(self, name)
-        return mask_url(value) if FIELDS[name].secret and value else value
+        if not FIELDS[name].secret or not value:
+            return value
+        return mask_url(value) if isinstance(value, str) else tuple(map(_mask_key, value))
+
+    def signers(self) -> dict[str, str]:
+        """The secrets of those whose functions are run, by the names of their keys."""
+        return dict(key.split(":", 1) for key in self.function_keys)
 
     def to_environ(self) -> dict[str, str]:
         """Variables that give another process the same settings: all that differ from the default."""
@@ -520,6 +622,10 @@ FIELDS: Mapping[str, Setting] = {
 }
 
 _Layer = dict[str, tuple[Any, str]]
+
+
+def _mask_key(key: str) -> str:
+    return key.partition(":")[0] + ":***"
 
 
 def mask_url(url: str) -> str:

@@ -1,13 +1,13 @@
-"""What holds jobs back: pauses, the end of all workers that were started before a moment, rate limits.
+"""What holds jobs back: pauses, the end of workers (one, or all from before a moment), rate limits.
 
 A pause keeps jobs from being started and stops none that runs. Nothing is asked for in the name of a
 worker or a namespace that is paused; jobs of a paused name or project leave the line when they are met
-(`JobQueue.park`), so that they are in nobody's way.
+(`Claims.park`), so that they are in nobody's way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -75,11 +75,33 @@ class Halt:
 
 
 @dataclass(frozen=True)
+class Stop:
+    """One worker has to end: when what it runs has ended, or (`hard`) at once."""
+
+    owner: str
+    by: str
+    at: datetime
+    hard: bool = False
+    reason: str | None = None
+
+    @classmethod
+    def from_document(cls, document: Mapping[str, Any]) -> Stop:
+        return cls(
+            owner=document["owner"],
+            by=document["by"],
+            at=document["at"],
+            hard=document["hard"],
+            reason=document["reason"],
+        )
+
+
+@dataclass(frozen=True)
 class Controls:
     """All that is in force at one moment."""
 
     pauses: tuple[Pause, ...] = ()
     halt: Halt | None = None
+    stops: tuple[Stop, ...] = ()
 
     @property
     def everything(self) -> Pause | None:
@@ -114,6 +136,11 @@ class Controls:
         """True for a worker that was started at this time of the database's clock."""
         return self.halt is not None and self.halt.at > started_at
 
+    def stop_of(self, owners: Container[str]) -> Stop | None:
+        """What tells a worker to end; a hard stop before a gentle one."""
+        meant = [stop for stop in self.stops if stop.owner in owners]
+        return max(meant, key=lambda stop: stop.hard, default=None)
+
 
 class ControlStore:
     """Pauses and halts in `sys.control`. All methods may be repeated after an error."""
@@ -130,9 +157,11 @@ class ControlStore:
         """What is in force now."""
         pauses = await self._controls.find({"kind": "pause"}).to_list(None)
         halt = await self._controls.find_one({"_id": _HALT})
+        stops = await self._controls.find({"kind": "stop"}).to_list(None)
         return Controls(
             tuple(sorted(map(Pause.from_document, pauses), key=lambda each: each.at)),
             Halt(halt["by"], halt["at"], halt["reason"]) if halt else None,
+            tuple(map(Stop.from_document, stops)),
         )
 
     async def pause(self, scope: str, target: str = "", *, by: str, reason: str | None = None) -> Pause:
@@ -152,7 +181,7 @@ class ControlStore:
         return Pause.from_document(stored or document)
 
     async def resume(self, scope: str, target: str = "") -> bool:
-        """End a pause; False if there is none. `JobQueue.unpark` puts its jobs back in line."""
+        """End a pause; False if there is none. `Claims.unpark` puts its jobs back in line."""
         result = await self._controls.delete_one({"_id": _key(scope, target)})
         return bool(result.deleted_count)
 
@@ -167,6 +196,26 @@ class ControlStore:
         stored = await self._controls.find_one({"_id": _HALT})
         assert stored is not None  # it is never deleted
         return Halt(stored["by"], stored["at"], stored["reason"])
+
+    async def stop(self, owner: str, *, by: str, hard: bool = False, reason: str | None = None) -> Stop:
+        """Tell one worker to end when its jobs have ended; or, `hard`, at once. Hard overrules the other."""
+        key = f"stop:{owner}:{'hard' if hard else 'soft'}"
+        document = {
+            "kind": "stop",
+            "owner": owner,
+            "hard": hard,
+            "by": by,
+            "reason": reason,
+            "at": await self._database.server_time(),
+        }
+        with suppress(DuplicateKeyError):  # somebody else stops it in this moment
+            await self._controls.update_one({"_id": key}, {"$setOnInsert": document}, upsert=True)
+        stored = await self._controls.find_one({"_id": key})
+        return Stop.from_document(stored or document)
+
+    async def forget_stops(self, before: datetime) -> int:
+        """Delete what workers were told before that time, which have ended long since; how many."""
+        return (await self._controls.delete_many({"kind": "stop", "at": {"$lt": before}})).deleted_count
 
 
 @dataclass(frozen=True)
@@ -263,7 +312,7 @@ def _key(scope: str, target: str) -> str:
 def view(controls: Controls, running: Sequence[Document], waiting: Sequence[Document]) -> dict[str, Any]:
     """What is in force, as readers get it: each pause with how many of its jobs still run and are held.
 
-    `running` and `waiting` are rows of `JobQueue.load`.
+    `running` and `waiting` are rows of `JobStore.load`.
     """
 
     def count(pause: Pause, rows: Sequence[Document]) -> int:

@@ -53,7 +53,7 @@ class Database:
     """One connection pool and one database; build it with `connect` inside the running loop.
 
     ``find_and_modify`` is False where the server scans the collection for it (the embedded Python
-    server); `JobQueue.claim` then peeks and updates instead.
+    server); `Claims.claim` then peeks and updates instead.
     """
 
     def __init__(self, client: AsyncIOMotorClient[Document], name: str, *, find_and_modify: bool) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 
 from bson import ObjectId
 
-from core4 import controls, events, inbox, logs, queues, registry, users
+from core4 import controls, events, inbox, logs, registry, store, users
 from core4.catalogue import Catalogue
 from core4.config import Settings
 from core4.controls import Controls, ControlStore, RateStore
@@ -29,12 +29,14 @@ from core4.events import EventStore
 from core4.findings import KINDS, Finding, Report
 from core4.jobs import Job
 from core4.logs import LogStore
-from core4.queues import JOURNAL, QUEUE, JobQueue
+from core4.queues import JobQueue
 from core4.registry import WorkerRegistry
+from core4.repairs import Repairs
 from core4.results import has_ended
 from core4.sanity import Flaw, flaws
 from core4.schedules import ScheduleStore
 from core4.states import WAITING, State
+from core4.store import JOURNAL, QUEUE
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +49,7 @@ KILL_LATE = timedelta(seconds=60)  # beside the grace period
 SCHEDULE_LATE = timedelta(seconds=120)
 TOLD = 100  # repairs that one line of the audit names
 ROUNDS = 5  # of looking and repairing: one repair may uncover the next
-INDEXES = tuple(store.INDEXES for store in (queues, logs, registry, controls, users, inbox, events))
+INDEXES = tuple(each.INDEXES for each in (store, logs, registry, controls, users, inbox, events))
 
 Progress = Callable[[str, int], None]
 
@@ -87,6 +89,7 @@ class Doctor:
         self._newest = None if everything else NEWEST
         self._progress = progress
         self._queue, self._logs = JobQueue(database, settings), LogStore(database)
+        self._repairs = Repairs(self._queue.store, self._queue.outbox)
         self._registry, self._catalogue = WorkerRegistry(database), Catalogue(database)
         self._rates, self._events = RateStore(database), EventStore(database)
         self._controls, self._schedules = ControlStore(database), ScheduleStore(database)
@@ -300,7 +303,7 @@ class Doctor:
                 yield _group(
                     "rate_free", name, f"held, and nobody looks after them (jobs: {count})", since=at
                 )
-        _, waiting = await self._queue.load()
+        _, waiting = await self._queue.store.load()
         workers = [row for row in await self._registry.up() if not self._is_silent(row)]
         for row in waiting:
             if not {"name", "namespace"} <= row.keys():
@@ -411,14 +414,14 @@ class Doctor:
             "overdue": self._queue.promote,
             "expired": self._expire,
             "pause_gone": self._unpark,
-            "slot_free": self._queue.wake_held,
+            "slot_free": self._queue.claims.wake_held,
             "rate_free": self._wake_rated,
         }
         for number, finding in enumerate(findings):
             if finding.kind not in common:
                 self._progress("repairing", number)
                 await self._repair_one(finding, by)
-        for kind, act in {**common, "unsettled": self._queue.sweep}.items():
+        for kind, act in {**common, "unsettled": self._queue.outbox.sweep}.items():
             if kind in kinds:
                 self._progress(f"repairing: {kind}", 0)
                 await act()
@@ -430,15 +433,15 @@ class Doctor:
                 case "log_orphan":
                     await self._logs.forget([job_id])
                 case "twice":
-                    await self._queue.drop_twin(job_id)
+                    await self._repairs.drop_twin(job_id)
                 case "journal_open":
-                    await self._queue.recall(job_id, by=by)
+                    await self._repairs.recall(job_id, by=by)
                 case "killed":
                     await self._queue.kill(job_id, by=by)
                 case "child_missing":
-                    await self._queue.restore_child(job_id, by=by)
+                    await self._repairs.restore_child(job_id, by=by)
                 case _:
-                    await self._queue.mend(job_id, by=by)
+                    await self._repairs.mend(job_id, by=by)
         except (JobNotFound, Conflict, Unavailable) as error:
             # Somebody was faster, or it cannot be done now: the next look tells.
             log.info("doctor.refused", extra={"kind": finding.kind, "id": finding.id, "why": error.detail})
@@ -448,11 +451,11 @@ class Doctor:
             await self._database.ensure_indexes(indexes)
 
     async def _unpark(self) -> None:
-        await self._queue.unpark(await self._controls.read())
+        await self._queue.claims.unpark(await self._controls.read())
 
     async def _wake_rated(self) -> None:
-        await self._queue.wake_held()
-        await self._queue.wake_rated()
+        await self._queue.claims.wake_held()
+        await self._queue.claims.wake_rated()
 
     async def _expire(self) -> None:
         while await self._queue.expire():

@@ -4,7 +4,9 @@ Core4Error
 ├── ConfigError                 a setting is wrong (exit code 2)
 ├── BadRequest                  400
 │   ├── InvalidJson
-│   └── BadMessage
+│   ├── BadMessage
+│   └── SourceRefused           the source of a function cannot be shipped
+│       └── FreeName
 ├── Unauthenticated             401
 ├── Forbidden                   403
 ├── NotFound                    404
@@ -21,6 +23,7 @@ Core4Error
 ├── BrokerLost                  the connection to a message broker ended
 ├── LeaseLost                   a worker no longer holds the job
 ├── EnqueueRefused              a running job asked for one that cannot be enqueued
+├── CallFailed                  a job that a running job waited for did not complete
 ├── UsageError                  a job's author assigns what is read-only
 └── JobInvalid                  a job class cannot be used
     ├── UnknownOption
@@ -80,6 +83,18 @@ class BadMessage(BadRequest):
     code = "bad_message"
 
 
+class SourceRefused(BadRequest):
+    """The source of a function cannot be shipped."""
+
+    code = "source_refused"
+
+
+class FreeName(SourceRefused, NameError):
+    """The function uses a name that is not defined inside of it."""
+
+    code = "free_name"
+
+
 class Unauthenticated(Core4Error):
     """Sign in with basic authentication or a bearer token."""
 
@@ -96,6 +111,15 @@ class NotFound(Core4Error):
     """There is nothing at this place."""
 
     status, code = 404, "not_found"
+
+
+class WorkerNotFound(NotFound):
+    """No worker has this id, or it has ended long ago."""
+
+    code = "worker_not_found"
+
+    def __init__(self, worker_id: str) -> None:
+        super().__init__(f"worker [{worker_id:.100}] not found", worker_id=worker_id)
 
 
 class JobNotFound(NotFound):
@@ -203,6 +227,22 @@ class EnqueueRefused(Core4Error):
     """The job that a running job asked for cannot be enqueued; ``facts["reason"]`` is a stable word."""
 
     code = "enqueue_refused"
+
+
+class CallFailed(Core4Error):
+    """A job that a running job called, and waited for, did not complete.
+
+    ``error_cat`` is ERROR, TIMEOUT, CRASH, HALTED or DEPENDENCY, None if it was killed or removed;
+    ``message`` is what the job's own exception says.
+    """
+
+    code = "call_failed"
+
+    def __init__(self, job_id: str, name: str, state: str, error_cat: str | None, message: str) -> None:
+        kind = f" ({error_cat})" if error_cat else ""
+        super().__init__(f"{name} [{job_id}] ended as {state}{kind}: {message}", job_id=job_id, name=name)
+        self.job_id, self.name, self.state = job_id, name, state
+        self.error_cat, self.message = error_cat, message
 
 
 class UsageError(Core4Error):

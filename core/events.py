@@ -20,7 +20,7 @@ from pymongo.errors import BulkWriteError, DuplicateKeyError, PyMongoError
 from core4 import identifiers
 from core4.database import Database, Document, Page
 from core4.errors import Core4Error
-from core4.jobs import utcnow
+from core4.jobs import Owner, utcnow
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +57,9 @@ def audit_of(document: Mapping[str, Any]) -> list[Document]:
         **force,
     }
     told = [_line(document, _ENQUEUE_REV, "enqueue", first)]
+    taken = document.get("consumed") or {}
+    if taken.get("action"):  # it has no line in the history, which ends with the job
+        told.append(_line(document, taken["action"], taken["action"], taken))
     return told + [
         _line(document, entry["rev"], entry["action"], entry)
         for entry in document.get("history", ())
@@ -64,7 +67,7 @@ def audit_of(document: Mapping[str, Any]) -> list[Document]:
     ]
 
 
-def _line(document: Mapping[str, Any], rev: int, action: str, entry: Mapping[str, Any]) -> Document:
+def _line(document: Mapping[str, Any], rev: int | str, action: str, entry: Mapping[str, Any]) -> Document:
     more = ("state", "reason", "attempt", "worker", "force")
     return {
         "_id": f"{document['_id']}.{rev}",
@@ -120,6 +123,11 @@ class EventStore:
             await self.add([_event(name, author, data, key=key, outcome="done")])
         except PyMongoError as error:
             log.warning("event.untold", extra={"name_": name, "error": str(error)[:200]})
+
+    async def tell_of(self, owner: Owner, what: str, **data: Any) -> None:
+        """Store what a worker does, once per owner."""
+        key = f"{owner.id}.{what}"
+        await self.tell(f"worker.{what}", owner.worker, key=key, owner=owner.id, pid=owner.pid, **data)
 
     @asynccontextmanager
     async def action(self, name: str, author: str, **data: Any) -> AsyncIterator[None]:

@@ -3,11 +3,11 @@
 Off unless ``CORE4_TEST_FAULTS`` is set, and that is refused without ``CORE4_TEST_MODE=1``. A spec is a list
 of rules, separated by semicolons; a site is ``module:function:method`` of the calling store or ``*``:
 
-    kill before queues:_cas:update_one 2    SIGKILL for this process before the second such write
+    kill before store:cas:update_one 2    SIGKILL for this process before the second such write
     kill after logs:append:insert_one       ... when it is done
-    lose queues:_cas:update_one             do it, then raise what a dropped connection raises
-    late 0.5 queues:_cas:update_one         raise that at once and do it half a second later
-    delay 0.5 queues:_cas:update_one        do it half a second later
+    lose store:cas:update_one             do it, then raise what a dropped connection raises
+    late 0.5 store:cas:update_one         raise that at once and do it half a second later
+    delay 0.5 store:cas:update_one        do it half a second later
     plant package.module:function           call this before the first collection is handed out
     count /path/of/a/file                   append a line for each write that its lease was lost for
 

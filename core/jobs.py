@@ -41,6 +41,25 @@ def utcnow() -> datetime:
 
 
 @dataclass(frozen=True)
+class Kind:
+    """How a worker was started, and what it was told then.
+
+    Args:
+        type: one of inprocess, subprocess, tmux.
+        nr: the number it wants; it gets another one if that is taken.
+        timeout: seconds that any job may run on it; None for any.
+        debug: it serves the debug jobs and nothing else.
+        launch: made by whoever started it and looks after it; None if nobody does.
+    """
+
+    type: str = "inprocess"
+    nr: int | None = None
+    timeout: float | None = None
+    debug: bool = False
+    launch: str | None = None
+
+
+@dataclass(frozen=True)
 class Owner:
     """Who holds a lease: one process from its start to its end.
 
@@ -51,6 +70,7 @@ class Owner:
     worker: str
     hostname: str
     pid: int
+    kind: Kind = Kind()
 
 
 @dataclass(frozen=True)
@@ -91,7 +111,12 @@ class JobOrder:
     on_failure: str | None = None
     hooks: Sequence[Mapping[str, Any]] = ()
     chain_id: ObjectId | None = None
-    consumed_by: ObjectId | None = None  # a job that takes its result: nobody else gets it
+    consumed_by: ObjectId | None = None  # a job that waits for it and takes its result: nobody else gets that
+    fence: int | None = None  # the fence of that job's attempt, if it has called this one
+    place: int | None = None  # the rank of that job: with it, it stands in line since that one does
+    depth: int = 0  # how many jobs wait for one another above it
+    label: str | None = None  # a name of the caller's, which only one open job may have
+    function: Mapping[str, Any] | None = None  # the shipped function that it calls: see core4.functions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -299,14 +324,25 @@ def new_document(order: JobOrder, job_id: ObjectId, now: datetime) -> dict[str, 
         "chain_id": order.chain_id,
     }
     if order.consumed_by is not None:
-        taken = {"at": now, "by": f"job {order.consumed_by}", "id": str(order.consumed_by)}
-        document["consumed"] = taken
+        taken: dict[str, Any] = {
+            "at": now,
+            "by": f"job {order.consumed_by}",
+            "id": str(order.consumed_by),
+        }
+        taken |= {} if order.fence is None else {"fence": order.fence}
+        document |= {"consumed": taken, "awaited": True, "depth": order.depth}
+    if order.place is not None:
+        document["rank"] = in_place(document["rank"], order.place)
     # Most jobs hang together with no other: they do not pay for it.
     document.update({name: value for name, value in chained.items() if value})
     if options["max_running"] is not None:
         document["slot_key"] = options["max_running_key"] or order.name
+    if order.label is not None:
+        document["label"] = order.label
+    if order.function is not None:
+        document["function"] = dict(order.function)
     if order.unique:
-        document["unique_key"] = unique_key(order.name, order.args)
+        document["unique_key"] = unique_key_of(document)
     return document
 
 
@@ -358,6 +394,12 @@ def rank(*, force: bool, priority: int, at: datetime | None = None) -> int:
     return urgency << _TIME_BITS | (micros & ((1 << _TIME_BITS) - 1))
 
 
+def in_place(own: int, other: int) -> int:
+    """The rank of a job that stands in line since another does, with force and priority of its own."""
+    mask = (1 << _TIME_BITS) - 1
+    return own & ~mask | other & mask
+
+
 def urgency(rank: int) -> int:
     """The part of a rank that force and priority make, without the time."""
     return rank >> _TIME_BITS
@@ -368,10 +410,10 @@ def canonical(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 
 
-def too_deep(value: Any) -> bool:
-    """True if lists and objects in a JSON value are nested deeper than a result may be."""
+def too_deep(value: Any, most: int = RESULT_DEPTH) -> bool:
+    """True if lists and objects in a JSON value are nested deeper than `most` levels, those of a result."""
     level = [value]
-    for _ in range(RESULT_DEPTH + 1):
+    for _ in range(most + 1):
         level = [child for item in level for child in _children(item)]
         if not level:
             return False
@@ -392,6 +434,14 @@ def args_hash(args: Mapping[str, Any]) -> str | None:
 def unique_key(name: str, args: Mapping[str, Any]) -> str:
     """What two jobs must share to be the same job."""
     return hashlib.sha256(canonical([name, dict(args)]).encode()).hexdigest()
+
+
+def unique_key_of(document: Mapping[str, Any]) -> str:
+    """The `unique_key` of a stored job that has one: by its label, or by its name and arguments."""
+    label = document.get("label")
+    if label is not None:
+        return unique_key("label", {"": label})
+    return unique_key(document["name"], document["args"])
 
 
 def derived_id(*scope: object) -> ObjectId:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -22,6 +22,7 @@ INDEXES = {
     )
 }
 LEVELS = {"DEBUG": 10, "INFO": 20, "WARNING": 30, "ERROR": 40, "CRITICAL": 50}
+SOURCES = ("log", "stdout", "stderr")
 WINDOW = 500  # jobs that `jobs` gives at once
 FIRST_CHUNKS, CHUNKS = 2, 20  # read at once by `tail`, at first and at most: who wants little reads little
 
@@ -34,7 +35,7 @@ class Line:
     epoch: float
     level: str
     message: str
-    source: str = "log"  # or stdout, stderr
+    source: str = "log"  # one of SOURCES
     exception: Mapping[str, Any] | None = None
 
 
@@ -92,14 +93,13 @@ class LogStore:
         page: int = 0,
         per_page: int = 10,
         descending: bool = False,
-        level: str | None = None,
+        keep: Callable[[Document], bool] | None = None,
     ) -> Page:
-        """One page of lines; a negative `page` counts from the end, `level` is the lowest that is wanted."""
-        lowest = LEVELS[level] if level else 0
-        if lowest:
-            lines = [line async for line in self._lines(job_id, 0) if line["levelno"] >= lowest]
-            return _slice(lines, len(lines), page, per_page, descending)
-        total = await self.count(job_id)
+        """One page of lines, of those to `keep`; a negative `page` counts from the end.
+
+        Lines are read and not held: a first pass counts those to keep, a second one takes the page.
+        """
+        total = await self.count(job_id) if keep is None else await self._count(job_id, keep)
         pages = -(-total // per_page)
         number = pages + page if page < 0 else page
         if number < 0 or number >= pages:
@@ -108,7 +108,10 @@ class LogStore:
         stop = min(first + per_page, total)
         if descending:
             first, stop = total - stop, total - first
-        rows = await self._range(job_id, first, stop)
+        if keep is None:
+            rows = await self._range(job_id, first, stop)
+        else:
+            rows = await self._kept_range(job_id, keep, first, stop)
         return Page(rows[::-1] if descending else rows, total, page, per_page)
 
     async def jobs(self, newest: int | None = None) -> AsyncIterator[list[ObjectId]]:
@@ -163,6 +166,27 @@ class LogStore:
         lines = [line for chunk in chunks for line in _unpacked(chunk)]
         return lines[skip : skip + stop - first]
 
+    async def _count(self, job_id: ObjectId, keep: Callable[[Document], bool]) -> int:
+        total = 0
+        async for line in self._lines(job_id, 0):
+            total += keep(line)
+        return total
+
+    async def _kept_range(
+        self, job_id: ObjectId, keep: Callable[[Document], bool], first: int, stop: int
+    ) -> list[Document]:
+        rows: list[Document] = []
+        position = 0
+        async for line in self._lines(job_id, 0):
+            if not keep(line):
+                continue
+            if position >= first:
+                rows.append(line)
+            position += 1
+            if position >= stop:
+                break
+        return rows
+
     async def _lines(self, job_id: ObjectId, after: int) -> AsyncIterator[Document]:
         """Lines behind `after`. The chunk that holds `after` begins before it, so its start is looked up."""
         where: Document = {"job": job_id, "seq": {"$lte": after}}
@@ -208,10 +232,11 @@ def _unpacked(chunk: Mapping[str, Any]) -> list[Document]:
     """The lines of a chunk as log documents of core4 (core4.md 7), with `seq` and `source` added."""
     lines: list[Document] = []
     for packed in chunk["lines"]:
+        epoch = packed["t"] if _is_time(packed["t"]) else 0.0
         line: Document = {
             "_id": f"{chunk['job']}.{packed['s']}",
-            "created": datetime.fromtimestamp(int(packed["t"]), UTC),
-            "epoch": packed["t"],
+            "created": datetime.fromtimestamp(int(epoch), UTC),
+            "epoch": epoch,
             "level": packed["l"],
             "levelno": LEVELS.get(packed["l"], 20),
             "message": packed["m"],
@@ -228,10 +253,9 @@ def _unpacked(chunk: Mapping[str, Any]) -> list[Document]:
     return lines
 
 
-def _slice(lines: list[Document], total: int, page: int, per_page: int, descending: bool) -> Page:
-    pages = -(-total // per_page)
-    number = pages + page if page < 0 else page
-    if number < 0 or number >= pages:
-        return Page([], total, page, per_page)
-    ordered = lines[::-1] if descending else lines
-    return Page(ordered[number * per_page : (number + 1) * per_page], total, page, per_page)
+def _is_time(epoch: Any) -> bool:
+    """False for what only a broken worker can have sent: such a line must not hide all the others."""
+    try:
+        return datetime.fromtimestamp(int(epoch), UTC).year > 0
+    except (TypeError, ValueError, OverflowError, OSError):
+        return False

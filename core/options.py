@@ -122,6 +122,21 @@ def _is_rate(value: Any) -> bool:
         return False
 
 
+QUEUE_NAME = re.compile(r"(?!amq\.)[A-Za-z0-9_.:-]{1,100}")  # brokers keep amq. for themselves
+_MOST_QUEUES = 10
+
+
+def _are_queues(value: Any) -> bool:
+    names = [value] if isinstance(value, str) else [] if value is None else value
+    if not isinstance(names, list | tuple) or len(names) > _MOST_QUEUES:
+        return False
+    return all(isinstance(name, str) and QUEUE_NAME.fullmatch(name) for name in names)
+
+
+def _queues(value: Any) -> list[str] | None:
+    return list(dict.fromkeys([value] if isinstance(value, str) else value or ())) or None
+
+
 OPTIONS: Mapping[str, Option] = MappingProxyType(
     {
         "attempts": Option(1, "an int from 1 to 10,000", lambda v: _is_int(v) and 1 <= v <= 10_000),
@@ -173,6 +188,12 @@ OPTIONS: Mapping[str, Option] = MappingProxyType(
             "a worker's name like worker@host (1 to 200 characters), or null",
             lambda v: v is None or (isinstance(v, str) and 0 < len(v) <= 200 and v.isprintable()),
         ),
+        "return_queues": Option(
+            None,
+            f"a name or up to {_MOST_QUEUES} of them, each 1 to 100 of A-Z a-z 0-9 _ . : -, or null",
+            _are_queues,
+            _queues,
+        ),
     }
 )
 
@@ -184,7 +205,15 @@ def problem(name: str, value: Any) -> str | None:
     option = OPTIONS[name]
     if option.check(value):
         return None
-    return f"{name} is {value!r:.100}, expected {option.accepts}"
+    return f"{name} is {shown(value)}, expected {option.accepts}"
+
+
+def shown(value: Any) -> str:
+    """The beginning of a value, for a message; also of one that is nested too deep to be written."""
+    try:
+        return f"{value!r:.100}"
+    except RecursionError:
+        return "nested without end"
 
 
 def stored(values: Mapping[str, Any]) -> dict[str, Any]:

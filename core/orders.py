@@ -34,7 +34,7 @@ def make_order(
     """
     given, job_args = _split(entry, args)
     check_args(entry, job_args, args_cap)
-    wanted = {**(entry.get("options") or {}), **given, **(options or {})}
+    wanted = {**(entry.get("options") or {}), **own_slots(entry, {**given, **(options or {})})}
     if entry.get("runs") == "inline" and wanted.get("memory_limit") is not None:
         message = f"memory_limit needs a process of its own; {entry['_id']} runs inline"
         raise BadArguments([{"pointer": "/memory_limit", "message": message}])
@@ -48,6 +48,21 @@ def make_order(
         **chained(entry),
         **who,
     )
+
+
+def own_slots(
+    entry: Mapping[str, Any], asked: Mapping[str, Any], code: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The options `asked` for, with a `max_running_key` that reaches no slots of jobs of other names.
+
+    A key is shared by names if the code says so: the job's, or the options in `code`. Any other stands
+    behind the job's name: whoever may enqueue one job must not take the slots of another.
+    """
+    name, key = entry["_id"], asked.get("max_running_key")
+    declared = [(options or {}).get("max_running_key") for options in (entry.get("options"), code)]
+    if key is None or key in declared or key.startswith(f"{name}:"):
+        return dict(asked)
+    return {**asked, "max_running_key": f"{name}:{key}"}
 
 
 def chained(entry: Mapping[str, Any]) -> dict[str, Any]:

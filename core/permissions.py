@@ -1,7 +1,9 @@
 """Who may do what: rights as text, compiled once, asked often. Pure.
 
-A right is `cop` (everything) or `job://PATTERN/x` (execute, includes reading) or `job://PATTERN/r` (read).
-PATTERN is a regular expression that must match the whole qual_name.
+A right is `cop` (every job and all administration) or `job://PATTERN/x` (execute, includes reading) or
+`job://PATTERN/r` (read). PATTERN is a regular expression that must match the whole qual_name. `code` is the
+right to ship functions as source, beside that to execute jobs of their names; `cop` does not include it:
+whoever comes by an administrator's password shall not thereby run code of his own.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from functools import lru_cache
 
 from core4.errors import BadRequest
 
-COP = "cop"
+COP, CODE = "cop", "code"
 NAME_LIMIT = 200  # characters of a qual_name that rights are asked about
 _PATTERN_LIMIT = 200
 _REPEATS = 3  # unbounded repeats in one pattern: each multiplies the worst case by the length of the name
@@ -32,6 +34,7 @@ class Rights:
     cop: bool
     executable: tuple[re.Pattern[str], ...]
     readable: tuple[re.Pattern[str], ...]
+    code: bool = False  # may ship functions as source
 
     @classmethod
     def of(cls, rights: Iterable[str]) -> Rights:
@@ -65,16 +68,18 @@ def _any_match(patterns: tuple[re.Pattern[str], ...], qual_name: str) -> bool:
 def _compile(rights: tuple[str, ...]) -> Rights:
     executable, readable = [], []
     for right in rights:
-        if right == COP:
+        if right in (COP, CODE):
             continue
         match = _RIGHT.fullmatch(right)
         if match is None:
-            raise BadRequest(f"right [{right}] is neither `cop` nor `job://PATTERN/x` nor `job://PATTERN/r`")
+            raise BadRequest(
+                f"right [{right}] is neither `cop` nor `code` nor `job://PATTERN/x` nor `job://PATTERN/r`"
+            )
         pattern = _pattern(right, match["pattern"])
         readable.append(pattern)
         if match["mode"] == "x":
             executable.append(pattern)
-    return Rights(COP in rights, tuple(executable), tuple(readable))
+    return Rights(COP in rights, tuple(executable), tuple(readable), CODE in rights)
 
 
 def _choices(skeleton: str) -> int:

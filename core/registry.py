@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime, timedelta
-from itertools import product
+from itertools import count, product
 from typing import Any
 
 from pymongo import IndexModel
+from pymongo.errors import DuplicateKeyError
 
+from core4 import handshake
 from core4.database import Database, Document
+from core4.errors import Unavailable
 from core4.jobs import Owner, utcnow
 
 WORKER = "sys.worker"
@@ -17,14 +20,23 @@ INDEXES = {
     WORKER: (
         IndexModel([("state", 1), ("beat", 1)], name="state"),
         IndexModel([("jobs", 1), ("state", 1)], name="jobs"),
+        # Only those that live have a number.
+        IndexModel([("nr", 1)], name="nr", unique=True, partialFilterExpression={"nr": {"$exists": True}}),
+        IndexModel([("launch", 1)], name="launch", sparse=True),
     )
 }
+
+_UNSAID: Mapping[str, Any] = {"label": "-", "type": "inprocess", "debug": False, "timeout": None}
+LIVING = ["new", "up", "drain"]
+LOADING = 60.0  # seconds that a worker may need to load its jobs before it counts as dead
+RETRIES = 100  # of one announcement, if others take the same number
 
 
 class WorkerRegistry:
     """The only writer of `sys.worker`; one document per process start, `_id` is the owner's id.
 
-    States: `up`, `drain` (finishes what it has), `down` (left by itself), `dead` (declared so; for good).
+    States: `new` (loads its jobs), `up`, `drain` (finishes what it has), `down` (left by itself), `dead`
+    (declared so; for good).
     """
 
     def __init__(self, database: Database) -> None:
@@ -35,71 +47,147 @@ class WorkerRegistry:
         """Make the indexes that are missing."""
         await self._database.ensure_indexes(INDEXES)
 
-    async def register(
-        self, owner: Owner, *, slots: int, namespaces: Sequence[str], jobs: Sequence[str], version: str
-    ) -> None:
-        """Announce a worker. Comes before its first claim, so that a claim always has a living owner."""
-        now = utcnow()
+    async def enlist(self, owner: Owner, **more: Any) -> None:
+        """Announce a worker that loads its jobs; it gets the number that it wants, or the lowest free one.
+
+        `more` are further fields of its document.
+
+        Raises: Unavailable if too many others are announced at the same time.
+        """
         document = {
             "_id": owner.id,
             "name": owner.worker,
             "kind": "worker",
             "hostname": owner.hostname,
             "pid": owner.pid,
+            "state": "new",
+            "slots": 0,
+            "running": 0,
+            "namespaces": [],
+            "jobs": [],
+            "started_at": utcnow(),
+            **{name: value for name, value in vars(owner.kind).items() if value is not None},
+            **more,
+        }
+        for _ in range(RETRIES):
+            nr = await self._free_nr(owner.kind.nr)
+            try:
+                # Two writes would leave a document without a beat: the server's clock is set with the rest.
+                await self._workers.update_one(
+                    {"_id": owner.id},
+                    {
+                        "$setOnInsert": {**document, "nr": nr, "label": f"w{nr}"},
+                        "$currentDate": {"beat": True},
+                    },
+                    upsert=True,
+                )
+                return
+            except DuplicateKeyError:
+                continue  # somebody else took the number
+        raise Unavailable("too many workers start at the same time, try again")
+
+    async def _free_nr(self, wanted: int | None) -> int:
+        rows = await self._workers.find({"nr": {"$exists": True}}, {"nr": 1}).to_list(None)
+        taken = {row["nr"] for row in rows}
+        if wanted is not None and wanted not in taken:
+            return wanted
+        return next(nr for nr in count(1) if nr not in taken)
+
+    async def register(
+        self, owner: Owner, *, slots: int, namespaces: Sequence[str], jobs: Sequence[str], version: str
+    ) -> None:
+        """It is ready. Comes before its first claim, so that a claim always has a living owner."""
+        await self.enlist(owner)
+        fields = {
             "state": "up",
             "slots": slots,
-            "running": 0,
             "namespaces": list(namespaces),
             "jobs": list(jobs),
             "version": version,
-            "started_at": now,
         }
-        # Two writes would leave a document without a beat: the server's clock is set with the rest.
         await self._workers.update_one(
-            {"_id": owner.id}, {"$setOnInsert": document, "$currentDate": {"beat": True}}, upsert=True
+            {"_id": owner.id, "state": "new"}, {"$set": fields, "$currentDate": {"beat": True}}
         )
 
+    async def admit(self, owner: Owner, *, namespaces: Sequence[str], token: str) -> bool:
+        """Let a worker in that comes over HTTP; `token` is the fingerprint of its own.
+
+        Returns False if another has its id; may be repeated.
+        """
+        await self.enlist(owner, namespaces=list(namespaces), token=token)
+        return await self._workers.find_one({"_id": owner.id, "token": token}, {"_id": 1}) is not None
+
+    async def by_token(self, token: str) -> Document | None:
+        """The document of the worker with this token, whatever became of it."""
+        found = await self._workers.find_one({"_id": handshake.token_owner(token)})
+        if found is None or not handshake.same(found.get("token", ""), handshake.fingerprint(token)):
+            return None
+        return found
+
     async def beat(
-        self, owner: Owner, *, running: int, draining: bool = False, gate: str | None = None
+        self,
+        owner: Owner,
+        *,
+        running: int,
+        draining: bool = False,
+        gate: str | None = None,
+        paused: bool = False,
     ) -> bool:
         """Renew; False if the worker has been declared dead and must give up what it holds.
 
-        `gate` is why it starts only forced jobs just now.
+        `gate` is why it starts only forced jobs just now, `paused` that it starts none by its own decision.
         """
         result = await self._workers.update_one(
             {"_id": owner.id, "state": {"$in": ["up", "drain"]}},
             {
                 "$currentDate": {"beat": True},
-                "$set": {"running": running, "state": "drain" if draining else "up", "gate": gate},
+                "$set": {
+                    "running": running,
+                    "state": "drain" if draining else "up",
+                    "gate": gate,
+                    "paused_here": paused,
+                },
             },
         )
         return bool(result.matched_count)
 
-    async def serve(self, owner: Owner, jobs: Sequence[str]) -> None:
-        """Say anew which jobs this worker runs."""
-        await self._workers.update_one({"_id": owner.id}, {"$set": {"jobs": list(jobs)}})
+    async def serve(self, owner: Owner, jobs: Sequence[str], namespaces: Sequence[str] | None = None) -> None:
+        """Say anew which jobs this worker runs, and in which namespaces if those may have changed."""
+        fields = {"jobs": list(jobs), **({"namespaces": list(namespaces)} if namespaces else {})}
+        await self._workers.update_one({"_id": owner.id}, {"$set": fields})
 
     async def leave(self, owner: Owner) -> None:
         """The worker ends by itself and holds nothing any more."""
-        await self._workers.update_one(
-            {"_id": owner.id, "state": {"$in": ["up", "drain"]}},
-            {"$set": {"state": "down", "running": 0, "ended_at": utcnow()}},
-        )
+        await self._end({"_id": owner.id, "state": {"$in": LIVING}}, "down")
 
     async def bury(self, dead_after: float) -> list[str]:
-        """Declare dead whoever has not renewed for `dead_after` seconds of the server's clock; their ids."""
-        limit = await self._database.server_time() - timedelta(seconds=dead_after)
+        """Declare dead whoever has not renewed for `dead_after` seconds of the server's clock; their ids.
+
+        Whoever loads its jobs holds none yet, and does not renew: it gets longer.
+        """
         buried: list[str] = []
+        now = await self._database.server_time()
         # One without a beat never registered as a worker does: somebody wrote it by hand.
-        for state, beat in product(("up", "drain"), ({"$lt": limit}, None)):
+        limits = [("new", max(dead_after, LOADING)), ("up", dead_after), ("drain", dead_after)]
+        for (state, after), silent in product(limits, (True, False)):
+            beat = {"$lt": now - timedelta(seconds=after)} if silent else None
             late = await self._workers.find({"state": state, "beat": beat}, {"_id": 1}).to_list(None)
+            why = f"no sign of life for more than {after:g} s"
             for worker in late:
-                result = await self._workers.update_one(
-                    {"_id": worker["_id"], "state": state, "beat": beat},
-                    {"$set": {"state": "dead", "running": 0, "ended_at": utcnow()}},
-                )
-                buried += [worker["_id"]] if result.modified_count else []
+                where = {"_id": worker["_id"], "state": state, "beat": beat}
+                buried += [worker["_id"]] if await self._end(where, "dead", why) else []
         return buried
+
+    async def condemn(self, owner_id: str, why: str) -> bool:
+        """Declare one dead that is known to be gone; False if it has ended already."""
+        return await self._end({"_id": owner_id, "state": {"$in": LIVING}}, "dead", why)
+
+    async def _end(self, where: Document, state: str, error: str | None = None) -> bool:
+        fields = {"state": state, "running": 0, "ended_at": utcnow()}
+        if error:
+            fields["error"] = error
+        result = await self._workers.update_one(where, {"$set": fields, "$unset": {"nr": ""}})
+        return bool(result.modified_count)
 
     async def forget(self, before: datetime) -> int:
         """Delete workers that ended before that time; how many."""
@@ -126,10 +214,30 @@ class WorkerRegistry:
             where["namespaces"] = namespace
         return await self._workers.find_one(where, {"_id": 1}) is not None
 
-    async def list(self, limit: int = 200) -> list[Document]:
+    async def list(self, limit: int = 200, where: Document | None = None) -> list[Document]:
         """The last `limit` worker documents, newest first; `beat_age` is in seconds of the server's clock."""
         now = await self._database.server_time()
-        rows = await self._workers.find({}).sort("started_at", -1).limit(limit).to_list(None)
+        rows = await self._workers.find(where or {}).sort("started_at", -1).limit(limit).to_list(None)
         for row in rows:
+            row.pop("token", None)
             row["beat_age"] = max((now - row["beat"]).total_seconds(), 0.0)
         return rows
+
+
+def described(row: Mapping[str, Any], current: Sequence[Any], dead_after: float) -> Document:
+    """A row of `WorkerRegistry.list` as readers get it.
+
+    `status` is in myjobs' words: NEW loads its jobs, WAITING has none to run, BUSY runs some, HALTED has
+    ended as it should, ERROR has not, or is silent for more than `dead_after` seconds; then `error` says so.
+    `current` are the jobs that it runs.
+    """
+    error, state = row.get("error"), row["state"]
+    if state in LIVING and row["beat_age"] > (max(dead_after, LOADING) if state == "new" else dead_after):
+        error = f"no sign of life for {row['beat_age']:.0f} s"
+    if error or state == "dead":
+        status = "ERROR"
+    elif state in ("new", "down"):
+        status = "NEW" if state == "new" else "HALTED"
+    else:
+        status = "BUSY" if current else "WAITING"
+    return {**_UNSAID, **row, "status": status, "error": error, "current": list(current)}

@@ -18,6 +18,9 @@ FIELDS = (
 """What of a job's document is needed here."""
 
 
+EXPIRY = "expiry"  # who takes what nobody has pulled
+
+
 class Status(StrEnum):
     """How far a job is, as whoever waits for its result sees it."""
 
@@ -61,6 +64,13 @@ def result_of(document: Mapping[str, Any], *, traceback: bool = False) -> dict[s
         "result": document.get("result") if status is Status.COMPLETED else None,
         "error": _error(document, traceback=traceback) if status is Status.FAILED else None,
     }
+
+
+def gone(document: Mapping[str, Any]) -> str:
+    """Why a job has no result any more, in words."""
+    taken = document["consumed"]
+    how = "has expired" if taken["by"] == EXPIRY else f"was pulled by {taken['by']}"
+    return f"the result of job [{document['_id']}] {how} at {taken['at'].isoformat(timespec='seconds')}"
 
 
 def _error(document: Mapping[str, Any], *, traceback: bool) -> dict[str, Any]:

@@ -191,7 +191,7 @@ def _holding(job: Job) -> Iterator[Flaw]:
 
 def _place(job: Job) -> Iterator[Flaw]:
     """Its place among the jobs of its name and arguments."""
-    document, own = job.document, jobs.unique_key(job.name, job.args)
+    document, own = job.document, jobs.unique_key_of(job.document)
     gone = job.state is State.COMPLETE or (job.removed_at is not None and job.state is not State.RUNNING)
     if job.unique_key is not None:
         if gone or not document.get("unique", True):

@@ -28,9 +28,9 @@ from pymongo.errors import DuplicateKeyError
 from core4 import cron, jobs, signatures
 from core4.catalogue import Catalogue
 from core4.database import Database, Document
-from core4.errors import BadArguments, BadOption, Conflict, NotFound, Unavailable, UnknownJob
+from core4.errors import BadArguments, BadOption, Conflict, JobInvalid, NotFound, Unavailable, UnknownJob
 from core4.jobs import Job, JobOrder
-from core4.orders import chained
+from core4.orders import chained, own_slots
 from core4.queues import JobQueue
 from core4.timetable import DEFAULTS, FIELDS, LIMIT, check_name, checked
 
@@ -179,11 +179,12 @@ def order(
     Not unique by its arguments: a fire is a job of its own, also while the last one runs. Its id is what
     makes it one.
     """
+    code = (schedule.document.get("code") or {}).get("options")
     return JobOrder(
         name=schedule.qual_name,
         args=schedule.args,
         namespace=schedule.namespace or entry.get("namespace") or "DEFAULT",
-        options={**(entry.get("options") or {}), **schedule.options},
+        options={**(entry.get("options") or {}), **own_slots(entry, schedule.options, code)},
         unique=False,
         keep_stopped=entry.get("kind", "class") == "class",
         username=username,
@@ -535,3 +536,32 @@ def _known(name: str, document: Document | None) -> Document:
     if document is None:
         raise NotFound(f"there is no schedule [{name:.200}]")
     return document
+
+
+async def publish_declared(
+    schedules: ScheduleStore,
+    catalogue: Catalogue,
+    entries: Sequence[Mapping[str, Any]],
+    *,
+    namespaces: Collection[str] | None = None,
+) -> None:
+    """Store the schedules of all that a worker has loaded: catalogue entries.
+
+    With `namespaces` they are all that the worker has loaded of those, and no others are touched.
+
+    Raises: PyMongoError, Unavailable: to be repeated.
+    """
+    names = {entry["_id"] for entry in entries}
+    files = {entry["file"] for entry in entries if entry.get("file")}
+    # A class that was deleted or renamed is published by nobody, and its schedule would go on for ever.
+    gone = {
+        row["_id"]
+        for row in await catalogue.all()
+        if row.get("file") in files
+        and (namespaces is None or (row.get("namespace") or "DEFAULT") in namespaces)
+    } - names
+    try:
+        await schedules.publish([one for entry in entries for one in declared(entry)], of=names | gone)
+    except JobInvalid as error:
+        # It was checked where it was declared; whatever is new about it must not stop the jobs.
+        log.error("schedules.refused", extra={"error": error.detail})

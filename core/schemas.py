@@ -10,14 +10,14 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 from marshmallow import INCLUDE, RAISE, Schema, ValidationError, fields, validate, validates_schema
 
 from core4 import timetable
 from core4.errors import JobInvalid
 from core4.filters import SEARCH, date, storable
-from core4.jobs import NAMESPACE
+from core4.jobs import NAMESPACE, too_deep
 from core4.options import OPTIONS, problem
 from core4.permissions import NAME_LIMIT
 from core4.results import Status
@@ -26,11 +26,16 @@ from core4.states import IDLE, State
 RESULT_WAIT = 50  # seconds that a request may wait for a result: less than clients wait for an answer
 # What the list of open jobs can be limited to: easyjobs' words and the states behind them.
 OPEN = (Status.QUEUED, Status.RUNNING, *sorted(IDLE), State.RUNNING)
+WORKER_STATUS = ("NEW", "WAITING", "BUSY", "HALTED", "ERROR")
 SCOPES = ("everything", "namespace", "job", "project", "worker")  # what can be paused
 ACTIONS = ("kill", "restart", "remove")  # what can be done to many jobs
+FUNCTION_STATES = ("NEW", "RUNNING", "OK", "ERROR", "DONE")  # of the jobs of functions: myjobs' words
+KEY_NAME = r"[A-Za-z0-9._-]{1,50}"  # of a key that signs functions
 BATCH = 1000  # jobs enqueued by one request
+DEPENDENCIES = 100  # jobs that one waits for
 REQUEST_ID = 255  # characters of a request id
 DEPTH = 32  # levels of lists and objects in arguments
+BODY_DEPTH = 100  # and in all that is read, results from workers among it
 _INT64 = 2**63
 _PAGE_LIMIT = 2**31
 _TRUE, _FALSE = (
@@ -48,7 +53,7 @@ class _Typed(fields.Field[Any]):
     def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> Any:
         try:
             return self.read(value)
-        except (TypeError, ValueError, RecursionError):
+        except (TypeError, ValueError):
             raise ValidationError(f"parameter [{attr}] expected as_type [{self.as_type}]") from None
 
     def read(self, value: Any) -> Any:
@@ -127,7 +132,7 @@ class Dict(_Typed):
     as_type = "dict"
 
     def read(self, value: Any) -> dict[str, Any]:
-        value = json.loads(value) if isinstance(value, str) else value
+        value = read_json(value) if isinstance(value, str) else value
         if not isinstance(value, dict):
             raise TypeError
         return value
@@ -139,10 +144,33 @@ class List(_Typed):
     as_type = "list"
 
     def read(self, value: Any) -> list[Any]:
-        value = json.loads(value) if isinstance(value, str) else value
+        value = read_json(value) if isinstance(value, str) else value
         if not isinstance(value, list):
             raise TypeError
         return value
+
+
+class Ids(List):
+    """Up to 1,000 ids of jobs, each a text."""
+
+    def read(self, value: Any) -> list[Any]:
+        ids = super().read(value)
+        if len(ids) > BATCH or not all(isinstance(each, str) for each in ids):
+            raise ValueError
+        return ids
+
+
+class Words(List):
+    """States in myjobs' words: one, or a list of them."""
+
+    def read(self, value: Any) -> list[Any]:
+        words = [value] if isinstance(value, str) and value in FUNCTION_STATES else super().read(value)
+        if not all(isinstance(each, str) and each in FUNCTION_STATES for each in words):
+            raise ValueError
+        return words
+
+
+_TEXTS = ("worker", "max_running_key", "rate_limit", "return_queues")
 
 
 class OptionValue(fields.Field[Any]):
@@ -150,7 +178,7 @@ class OptionValue(fields.Field[Any]):
 
     def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> Any:
         assert attr is not None
-        if isinstance(value, str) and attr not in ("worker", "max_running_key", "rate_limit"):
+        if isinstance(value, str) and (attr not in _TEXTS or value.startswith("[")):
             value = from_text(value, is_bool=isinstance(OPTIONS[attr].default, bool))
         complaint = problem(attr, value)
         if complaint:
@@ -161,8 +189,8 @@ class OptionValue(fields.Field[Any]):
 def from_text(text: str, *, is_bool: bool) -> Any:
     """A value of a query string: JSON, or a word for true or false; as it is if it is neither."""
     try:
-        return Bool().read(text) if is_bool else json.loads(text)
-    except (ValueError, RecursionError):
+        return Bool().read(text) if is_bool else read_json(text)
+    except ValueError:
         return text
 
 
@@ -181,6 +209,13 @@ def _batch(value: list[Any]) -> None:
         raise ValidationError(f"parameter [jobs] expected 1 to {BATCH} jobs, not {len(value)}")
 
 
+def _dependencies(value: list[Any]) -> None:
+    if len(value) > DEPENDENCIES:
+        raise ValidationError(
+            f"parameter [dependencies] expected at most {DEPENDENCIES} ids, not {len(value)}"
+        )
+
+
 def _key(value: str) -> None:
     if not (0 < len(value) <= 255 and value.isascii() and value.isprintable()):
         raise ValidationError("parameter [key] expected 1 to 255 printable ASCII characters")
@@ -194,6 +229,21 @@ def _action(value: str) -> None:
 def _request_id(value: str) -> None:
     if not 0 < len(value) <= REQUEST_ID or not value.isprintable():
         raise ValidationError(f"parameter [request_id] expected 1 to {REQUEST_ID} printable characters")
+
+
+def _label(value: str) -> None:
+    if not 0 < len(value) <= NAME_LIMIT or not value.isprintable():
+        raise ValidationError(f"parameter [name] expected 1 to {NAME_LIMIT} printable characters")
+
+
+def _return_queues(value: list[Any]) -> None:
+    if value and (complaint := problem("return_queues", value)):
+        raise ValidationError(f"parameter [return_queues]: {complaint}")
+
+
+def _category(value: str) -> None:
+    if len(value) > NAME_LIMIT or (value and not value.isprintable()):
+        raise ValidationError(f"parameter [category] expected at most {NAME_LIMIT} printable characters")
 
 
 def _scope(value: str) -> None:
@@ -223,6 +273,11 @@ def _schedule_fields(names: list[Any]) -> None:
     for name in names:
         if not isinstance(name, str) or name not in timetable.FIELDS:
             raise ValidationError(f"parameter [fields] expected some of {', '.join(timetable.FIELDS)}")
+
+
+def _status(value: Any) -> None:
+    if value is not None and value not in WORKER_STATUS:
+        raise ValidationError(f"parameter [status] expected one of {', '.join(WORKER_STATUS)}")
 
 
 class Arguments(Schema):
@@ -311,6 +366,7 @@ class EnqueueArguments(Arguments):
     args = Dict(load_default=dict)
     follow = Bool(load_default=True)
     namespace = Text(validate=_namespace)
+    dependencies = List(load_default=list, validate=_dependencies)
 
     # marshmallow's own way to add the rows of a table to the fields written above.
     class Meta(Arguments.Meta):
@@ -424,10 +480,64 @@ class PauseArguments(PauseTarget):
     reason = Text(load_default=None, allow_none=True, validate=_reason)
 
 
+class FunctionArguments(Arguments):
+    """A function as source, who signs for it, and how it is called."""
+
+    code = _required(Text)
+    signer = _required(Text, validate=validate.Regexp(rf"{KEY_NAME}\Z"))
+    signature = _required(Text, validate=validate.Regexp(r"[0-9a-f]{64}\Z"))
+    kwargs = Dict(load_default=dict)
+    name = Text(load_default=None, allow_none=True, validate=_label)
+    category = Text(load_default="", validate=_category)
+    timeout = Number(load_default=0.0, validate=_within("timeout", 0, 10 * 365 * 86400))
+    dependencies = Ids(load_default=list)
+    die = Bool(load_default=True)
+    actorname = Text(load_default="", validate=validate.Length(max=NAME_LIMIT))
+    return_queues = List(load_default=list, validate=_return_queues)
+
+
+class LookArguments(Arguments):
+    """Which jobs, and how many seconds to wait for their end."""
+
+    job_ids = Ids(required=True)
+    timeout = Number(load_default=0.0, validate=_within("timeout", 0, RESULT_WAIT))
+
+
+class FindArguments(Arguments):
+    """Which jobs of functions; `before` is the id behind which the next page begins."""
+
+    name = Text(load_default="", validate=validate.Length(max=NAME_LIMIT))
+    category = Text(load_default=None, allow_none=True, validate=_category)
+    state = Words(load_default=list)
+    method = Text(load_default="", validate=validate.Length(max=NAME_LIMIT))
+    limit = Int(load_default=500, validate=_within("limit", 1, 1000))
+    before = Text(load_default="")
+
+
+class PageOnlyArguments(Arguments):
+    """Which page of a listing."""
+
+    page = Int(load_default=0, validate=_within("page", -_PAGE_LIMIT, _PAGE_LIMIT))
+    per_page = Int(load_default=10, validate=_within("per_page", 1, 500))
+
+
 class HaltArguments(Arguments):
     """Why."""
 
     reason = Text(load_default=None, allow_none=True, validate=_reason)
+
+
+class StopArguments(HaltArguments):
+    """Why, and whether what it runs is ended with it."""
+
+    hard = Bool(load_default=False)
+
+
+class WorkersArguments(Arguments):
+    """Which workers: of one status (myjobs' words), and by their fields."""
+
+    status = Text(load_default=None, allow_none=True, validate=_status)
+    filter = Dict(load_default=dict)
 
 
 class DoctorArguments(Arguments):
@@ -491,6 +601,21 @@ class PullArguments(ResultArguments):
     timeout = Number(load_default=5.0, validate=_within("timeout", 0, RESULT_WAIT))
 
 
+class QueueArguments(Arguments):
+    """How many of the records of a return queue to look at."""
+
+    limit = Int(load_default=100, validate=_within("limit", 1, 500))
+
+
+class PullQueueArguments(Arguments):
+    """How many records to take, and how many there must be before any is; `token` makes it repeatable."""
+
+    size = Int(load_default=1, validate=_within("size", 1, 500))
+    least = Int(load_default=1, validate=_within("least", 1, 500))
+    timeout = Number(load_default=5.0, validate=_within("timeout", 0, RESULT_WAIT))
+    token = Text(validate=_key)
+
+
 class ResultListArguments(Arguments):
     """Which rows of a list of results, by namespace and name."""
 
@@ -519,6 +644,35 @@ class LoginArguments(Arguments):
 
 
 # ---------------------------------------------------------------------- values of arguments
+
+
+class Unreadable(ValueError):
+    """What Python takes for JSON, and we do not."""
+
+
+def read_json(text: str) -> Any:
+    """The value that a text from outside stands for.
+
+    Raises: Unreadable for numbers that are not finite and for what is nested so deep that whatever walks it
+    fails; ValueError for what is no JSON.
+    """
+    too_many = Unreadable(f"is nested deeper than {BODY_DEPTH} levels")
+    try:
+        value = json.loads(text, parse_constant=_no_number, parse_float=_finite)
+    except RecursionError:
+        raise too_many from None
+    if too_deep(value, BODY_DEPTH):
+        raise too_many
+    return value
+
+
+def _no_number(text: str) -> NoReturn:
+    raise Unreadable(f"has {text[:50]}, which is no finite number")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    return number if math.isfinite(number) else _no_number(text)
 
 
 def json_problems(value: Any) -> list[dict[str, str]]:

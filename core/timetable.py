@@ -100,7 +100,7 @@ def checked(fields: Mapping[str, Any]) -> dict[str, Any]:
         if name not in FIELDS:
             raise UnknownOption(f"{name} is not a field of a schedule; there are {', '.join(FIELDS)}")
         if not FIELDS[name].check(value):
-            raise BadOption(f"{name} is {value!r:.100}, expected {FIELDS[name].accepts}")
+            raise BadOption(f"{name} is {options.shown(value)}, expected {FIELDS[name].accepts}")
     good = dict(fields)
     if "expression" in good:
         try:

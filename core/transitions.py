@@ -1,12 +1,12 @@
 """What each move writes: one job document and a wish in, one update out. Pure.
 
-`JobQueue` writes a `Change` only to the document it was made for, so a change may rely on all it saw.
+`JobStore` writes a `Change` only to the document it was made for, so a change may rely on all it saw.
 """
 
 from __future__ import annotations
 
 import uuid
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timedelta
 from typing import Any
@@ -16,7 +16,7 @@ from bson import ObjectId
 from core4 import chains, jobs
 from core4.errors import Conflict, JobNotFound, LeaseLost, ResultGone
 from core4.jobs import HISTORY_LIMIT, Job, Lease, Owner, utcnow
-from core4.results import has_ended
+from core4.results import EXPIRY, gone, has_ended
 from core4.retries import Outcome, decide
 from core4.states import FINAL, Flag, State
 
@@ -36,6 +36,7 @@ ACTIONS: Mapping[str, str] = {
 LINE = ("due", "held", "query_at", "expires", "open_deps")  # what makes a job wait, and for what
 HOLD = ("lease", "slot")  # what the holder of a running job has
 ERROR_TEXT, TRACEBACK_TEXT = 16_384, 131_072  # characters kept of an exception and its traceback
+TRACEBACK_LINES = 2000  # Python's own stop at a thousand frames
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,9 @@ def signed(change: Change, request_id: str | None) -> Change:
 
     So has what was done to a job that ends and stays in the queue: no move to the journal sees to it.
     """
+    taken = change.set.get("consumed")
+    if taken and request_id:
+        change = replace(change, set={**change.set, "consumed": {**taken, "request_id": request_id}})
     if change.set.get("stopped_at") and not change.set.get("settle"):
         change = replace(change, set={**change.set, "audit": True})
     action = ACTIONS.get(change.move)
@@ -387,8 +391,16 @@ def expire(seen: Job) -> Change:
 def rescue(seen: Job, max_crashes: int, max_claims: int) -> Change:
     """What becomes of a job whose worker is dead: back in line, or error for what kills its workers.
 
-    The job's own `max_crashes` beats that of the settings.
+    What it has called ends. The job's own `max_crashes` beats that of the settings.
     """
+    change = _rescued(seen, max_crashes, max_claims)
+    if seen.claims:
+        return change  # it had not begun
+    outbox = [*change.set.get("outbox", seen.outbox), chains.hush(seen)]
+    return replace(change, set={**change.set, "outbox": outbox, "settle": True})
+
+
+def _rescued(seen: Job, max_crashes: int, max_claims: int) -> Change:
     max_crashes = seen.max_crashes or max_crashes
     if seen.killed_at is not None:
         return _with_log(killed(seen, "rescue", by=None), _last_seq(seen))
@@ -473,13 +485,18 @@ def consume(seen: Job, by: str, token: str) -> Change | None:
     taken = seen.document.get("consumed")
     if taken is None:
         # No line of history: that ends with the job, and streams are read from it.
-        return Change("consume", {"consumed": {"at": utcnow(), "by": by, "id": token}, "result": None})
+        mark = {"at": utcnow(), "by": by, "id": token, "action": "pull"}
+        return Change("consume", {"consumed": mark, "result": None, "audit": True})
     if taken["id"] == token:
         return None
-    when = taken["at"].isoformat(timespec="seconds")
-    raise ResultGone(
-        f"the result of job [{seen.id}] was pulled by {taken['by']} at {when}", job_id=str(seen.id)
-    )
+    raise ResultGone(gone(seen.document), job_id=str(seen.id))
+
+
+def expire_result(seen: Job) -> Change | None:
+    """The result of a journaled job, which nobody has pulled, goes; None if there is none."""
+    if seen.document.get("consumed") is not None or seen.document.get("result") is None:
+        return None
+    return Change("consume", {"consumed": {"at": utcnow(), "by": EXPIRY, "id": EXPIRY}, "result": None})
 
 
 def wait_for(seen: Job) -> Change | None:
@@ -522,20 +539,27 @@ def deliverable(job: Job) -> list[Mapping[str, Any]]:
     return [note for note in job.outbox if note["kind"] != "restart" or job.has_ended]
 
 
-def settled(job: Job, *, unlink: bool) -> Change:
-    """All that is `deliverable` is done; `unlink` takes a child back that could not be made.
+def settled(job: Job, *, broken: Collection[ObjectId] = ()) -> Change:
+    """All that is `deliverable` is done, but for `broken`: children that could not be made are taken back.
 
-    `settle` stays while the job has to leave the queue: a crash before the move is then repaired.
+    Who waits for such a child is told next. `settle` stays for that, and while the job has to leave the
+    queue: a crash before the move is then repaired.
     """
     later = [note for note in job.outbox if note not in deliverable(job)]
-    unset = [] if later else ["outbox"]
+    taken_back = [
+        {**note, "kind": "release"}
+        for note in job.outbox
+        if note["kind"] == "restart" and note["target"] in broken
+    ]
+    left = [*later, *taken_back]
+    unset = [] if left else ["outbox"]
     document = dict(job.document)
-    if unlink:
+    if taken_back:
         unset.append("enqueued.child_id")
         document["enqueued"] = {k: v for k, v in document["enqueued"].items() if k != "child_id"}
-    if job.journal or not _document_leaves(document):
+    if not taken_back and (job.journal or not _document_leaves(document)):
         unset.append("settle")
-    return Change("settle", {"outbox": later} if later else {}, unset=unset)
+    return Change("settle", {"outbox": left} if left else {}, unset=unset)
 
 
 def applied(document: Mapping[str, Any], change: Change, rev: int) -> dict[str, Any]:
@@ -557,13 +581,30 @@ def applied(document: Mapping[str, Any], change: Change, rev: int) -> dict[str, 
 
 
 def _last_error(outcome: Outcome, now: datetime) -> dict[str, Any]:
-    lines: list[str] | None = None
-    if outcome.traceback is not None:
-        lines = [clean(line) for line in outcome.traceback]
-        while lines and sum(map(len, lines)) > TRACEBACK_TEXT:
-            del lines[len(lines) // 2]
+    lines = None if outcome.traceback is None else shortened(outcome.traceback)
     text = clean(outcome.exception or "")[:ERROR_TEXT]
     return {"exception": text, "timestamp": now, "traceback": lines}
+
+
+def shortened(traceback: Iterable[object]) -> list[str]:
+    """A traceback as it is stored: of one that is too long, the first and the last lines."""
+    lines = [clean(str(line)) for line in traceback]
+    if len(lines) <= TRACEBACK_LINES and sum(map(len, lines)) <= TRACEBACK_TEXT:
+        return lines
+    head, tail = _fitting(lines), _fitting(reversed(lines))
+    return [*head, f"  [{len(lines) - len(head) - len(tail)} lines left out]\n", *reversed(tail)]
+
+
+def _fitting(lines: Iterable[str]) -> list[str]:
+    """The first of them, up to half of what a traceback may have beside the line about what is left out."""
+    kept: list[str] = []
+    room = TRACEBACK_TEXT // 2 - 50
+    for line in lines:
+        room -= len(line)
+        if room < 0 or len(kept) >= TRACEBACK_LINES // 2 - 1:
+            break
+        kept.append(line)
+    return kept
 
 
 def clean(text: str) -> str:

@@ -318,6 +318,16 @@ class UserStore:
             self._fresh.put(key, known)
         return known[0]
 
+    async def use_once(self, word: str, life: float) -> bool:
+        """Note that this word was used; False if it was before, within `life` seconds."""
+        now = utcnow()
+        used = {"_id": _fingerprint(word), "kind": "challenge", "created": now}
+        try:
+            await self._tokens.insert_one({**used, "expires": now + timedelta(seconds=2 * life)})
+        except DuplicateKeyError:
+            return False
+        return True
+
     async def revoke(self, token: str) -> bool:
         """End a bearer token at once; False if there was none."""
         deleted = await self._tokens.delete_one({"_id": _fingerprint(token)})

@@ -1,0 +1,282 @@
+"""The line of due jobs: who is taken out of it by a worker, who is put aside, and who is put back.
+
+A job that may not be started now leaves the line when it is met, so that it is in nobody's way: its name
+is paused, the slots of its `max_running` are taken, or the starts of its `rate_limit` are used up.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
+from datetime import datetime, timedelta
+from functools import partial
+from typing import Any
+
+from pymongo.errors import DuplicateKeyError
+
+from core4 import transitions
+from core4.controls import Controls, RateStore, Starts
+from core4.database import Document
+from core4.errors import LeaseLost
+from core4.jobs import FORCED_BELOW, Job, Owner
+from core4.outbox import Outbox
+from core4.states import WAITING
+from core4.store import QUEUE, JobStore, readable
+
+_NO_CONTROLS = Controls()
+PEEK = 64  # candidates read at once where the server cannot limit a scan
+WOKEN = 64  # jobs of a name read and woken at once
+
+
+class Claims:
+    """What stands between a due job and the worker that starts it."""
+
+    def __init__(self, store: JobStore, outbox: Outbox) -> None:
+        self._store, self._outbox = store, outbox
+        self._rates = RateStore(store.database)
+        self._horizon: dict[str, int] = {}
+
+    async def claim(
+        self,
+        owner: Owner,
+        *,
+        namespaces: Sequence[str],
+        limit: int = 1,
+        full: Collection[str] = (),
+        forced: bool = False,
+        awaited: bool = False,
+        controls: Controls = _NO_CONTROLS,
+    ) -> list[Job]:
+        """Up to `limit` due jobs of `namespaces`, now held by `owner`, first in line first.
+
+        `full` are names of jobs that this worker must not start now, `controls` is what operators hold
+        back. With `forced` only jobs with force are taken: they are the first in rank, so the same index
+        gives them. With `awaited` only jobs that somebody waits for.
+        """
+        where: Document = {"name": {"$nin": list(full)}} if full else {}
+        if awaited:
+            where["awaited"] = True
+        if forced:
+            where["rank"] = {"$lt": FORCED_BELOW}
+        namespaces = controls.opened(namespaces)
+        claimed: list[Job] = []
+        again = True
+        while again and not claimed:
+            claimed, paused, again = await self._claim_some(owner, namespaces, where, limit, controls)
+            for name in paused:
+                await self.park(name)
+        return claimed
+
+    async def _claim_some(
+        self, owner: Owner, namespaces: Sequence[str], where: Document, limit: int, controls: Controls
+    ) -> tuple[list[Job], set[str], bool]:
+        """Some due jobs, the paused names that were met, and whether others left the line."""
+        closed: Document = {"namespace": {"$nin": controls.closed}} if controls.closed else {}
+        pinned = await self._pinned(owner, {**where, **closed}, limit)
+        if pinned or not self._store.database.find_and_modify:
+            waiting = await self._peek(namespaces, where, limit + 8)
+            candidates = sorted([*pinned, *waiting], key=lambda doc: doc["rank"])
+            paused = {doc["name"] for doc in candidates if controls.of_name(doc["name"])}
+            free = [doc for doc in candidates if doc["name"] not in paused]
+            taken = [await self.admitted(job) for job in await self.take(owner, free, limit)]
+            return [job for job in taken if job is not None], paused, bool(paused) or None in taken
+        claimed: list[Job] = []
+        while len(claimed) < limit:
+            job = await self._find_and_claim(owner, namespaces, where)
+            if job is None:
+                break
+            if controls.of_name(job.name):
+                await self._put_aside(job, "paused")
+                return claimed, {job.name}, True
+            admitted = await self.admitted(job)
+            claimed += [admitted] if admitted else []
+        return claimed, set(), False
+
+    async def admitted(self, job: Job) -> Job | None:
+        """The claimed job within its limits across all workers; None if it has left the line for them."""
+        slots = job.slots()
+        free = await self._store.free_slots(slots)
+        # Only a job that finds a slot uses up one of its starts.
+        if (free or not slots) and not await self._within_rate(job):
+            return None
+        return await self._slotted(job, free) if slots else job
+
+    async def _within_rate(self, job: Job) -> bool:
+        """True if the job may be started now by its `rate_limit`; else it has left the line."""
+        if job.rate_limit is None:
+            return True
+        free_at = await self._rates.take(job.name, job.rate_limit)
+        if free_at is None:
+            return True
+        await self._put_aside(job, "rate_limit")
+        await self._park_all(job, "rate_limit", name=job.name, rate_limit=job.document["rate_limit"])
+        await self._rates.expect(job.name, free_at)
+        return False
+
+    async def _slotted(self, job: Job, free: Sequence[str]) -> Job | None:
+        """The claimed job with one of the free slots of its `max_running`; None if all are taken."""
+        lease = transitions.lease_of(job)
+        for slot in free:
+            try:
+                return await self._store.held(
+                    job, lease, partial(transitions.take_slot, lease=lease, slot=slot)
+                )
+            except DuplicateKeyError:
+                continue  # somebody else was faster
+            except LeaseLost:
+                return None
+        await self._put_aside(job, "max_running")
+        key = job.document["slot_key"]
+        await self._park_all(job, "max_running", slot_key=key)
+        if await self._store.free_slots(
+            job.slots()
+        ):  # since then: whoever freed it may have found nobody to wake
+            await self._store.wake_slot(key)
+        return None
+
+    async def _park_all(self, job: Job, held: str, **same: Any) -> None:
+        """Take all out of the line that stand in it for the same: each would be claimed to be put aside."""
+        pinned: Document = {"held": "worker", "worker": job.worker, "query_at": None}
+        line: Document = pinned if job.worker else {"due": True}
+        await self._store.queue.update_many(
+            {**line, **same}, {"$set": {"held": held}, "$unset": {"due": 1}, "$inc": {"rev": 1}}
+        )
+
+    async def _put_aside(self, job: Job, held: str) -> None:
+        lease = transitions.lease_of(job)
+        with suppress(LeaseLost):  # then somebody else has it
+            after = await self._store.held(job, lease, lambda seen: transitions.put_aside(seen, lease, held))
+            await self._outbox.try_settle(after)
+
+    # ------------------------------------------------------------------ the line
+
+    async def _pinned(self, owner: Owner, some: Document, limit: int) -> list[Document]:
+        where: Document = {"held": "worker", "worker": owner.worker, "query_at": None, **some}
+        return await self._store.queue.find(where).sort("rank", 1).limit(limit).to_list(None)
+
+    async def _peek(self, namespaces: Sequence[str], some: Document, count: int) -> list[Document]:
+        found: list[Document] = []
+        for namespace in namespaces:
+            found += await self._peek_namespace(namespace, some, count)
+        return found
+
+    async def _peek_namespace(self, namespace: str, some: Document, count: int) -> list[Document]:
+        """The first in line. Where the server reads all that match, a bound on the rank keeps that few."""
+        where: Document = {"due": True, "namespace": namespace, **some}
+        if "rank" in some:  # bound already, and what it finds says nothing of the rest of the line
+            return await self._store.queue.find(where).sort("rank", 1).limit(count).to_list(None)
+        horizon = self._horizon.get(namespace)
+        if horizon is not None:
+            near = {**where, "rank": {"$lt": horizon}}
+            found = await self._store.queue.find(near).sort("rank", 1).limit(count).to_list(None)
+            if found:
+                return found
+        found = await self._store.queue.find(where).sort("rank", 1).limit(max(PEEK, count)).to_list(None)
+        if len(found) >= max(PEEK, count):
+            self._horizon[namespace] = found[-1]["rank"] + 1
+        else:
+            self._horizon.pop(namespace, None)
+        return found
+
+    async def take(self, owner: Owner, candidates: Sequence[Document], limit: int) -> list[Job]:
+        taken: list[Job] = []
+        line = list(readable(candidates))
+        index = 0
+        while index < len(line) and len(taken) < limit:
+            seen = line[index]
+            index += 1
+            if seen.state not in WAITING:
+                continue  # only a hand puts it in line; see core4.doctor
+            job = await self._store.cas(seen, transitions.claim(seen, owner))
+            if job is None:
+                index += random.randrange(3)  # others read the same line: do not race for each place in it
+            else:
+                taken.append(job)
+        return taken
+
+    async def _find_and_claim(self, owner: Owner, namespaces: Sequence[str], some: Document) -> Job | None:
+        where: Document = {"due": True, "namespace": {"$in": list(namespaces)}, **some}
+        where["state"] = {"$in": sorted(WAITING)}
+        while True:
+            document = await self._store.queue.find_one_and_update(
+                where, transitions.claim_pipeline(owner), sort=[("rank", 1)], return_document=True
+            )
+            if not document:
+                return None
+            for job in readable([document]):
+                return job
+
+    # ------------------------------------------------------------------ pauses
+
+    async def park(self, name: str) -> int:
+        """Take the jobs of a paused name out of the line, so that they are in nobody's way."""
+        update: Document = {"$set": {"held": "paused"}, "$unset": {"due": 1}, "$inc": {"rev": 1}}
+        free = await self._store.queue.update_many({"due": True, "name": name}, update)
+        pinned = await self._store.queue.update_many(
+            {"held": "worker", "query_at": None, "name": name}, update
+        )
+        return free.modified_count + pinned.modified_count
+
+    async def unpark(self, controls: Controls) -> int:
+        """Put back in line what was parked and is not paused any more; any worker may repeat it."""
+        parked = [{"$match": {"held": "paused"}}, {"$group": {"_id": "$name"}}]
+        names = [row["_id"] for row in await self._store.database.aggregate(QUEUE, parked)]
+        done = 0
+        for name in names:
+            if controls.of_name(name):
+                continue
+            where: Document = {"held": "paused", "name": name}
+            free = await self._store.queue.update_many(
+                {**where, "worker": None}, {"$set": {"due": True}, "$unset": {"held": 1}, "$inc": {"rev": 1}}
+            )
+            pinned = await self._store.queue.update_many(
+                {**where, "worker": {"$ne": None}}, {"$set": {"held": "worker"}, "$inc": {"rev": 1}}
+            )
+            done += free.modified_count + pinned.modified_count
+        return done
+
+    # ------------------------------------------------------------------ limits
+
+    async def wake_held(self) -> int:
+        """Wake whom a dead process did not: as many per key as there are free slots."""
+        rated = [{"$match": {"held": "rate_limit"}}, {"$group": {"_id": "$name"}}]
+        for row in await self._store.database.aggregate(QUEUE, rated):
+            await self._rates.expect(row["_id"])
+        keys: list[Mapping[str, Any]] = [
+            {"$match": {"held": "max_running"}},
+            {"$group": {"_id": "$slot_key", "n": {"$sum": 1}}},
+        ]
+        woken = 0
+        for row in await self._store.database.aggregate(QUEUE, keys):
+            first = await self._store.first({"held": "max_running", "slot_key": row["_id"]})
+            free = await self._store.free_slots(first.slots()) if first else []
+            for _ in range(min(len(free), row["n"])):
+                woken += await self._store.wake_slot(row["_id"])
+        return woken
+
+    async def wake_rated(self) -> int:
+        """Put back in line what was held by a rate limit: as many per name as may be started now."""
+        expected, now = await self._rates.expected()
+        return sum([await self._wake_name(starts, now) for starts in expected])
+
+    async def _wake_name(self, starts: Starts, now: datetime) -> int:
+        where = {"held": "rate_limit", "name": starts.name}
+        first = await self._store.first(where)
+        if first is None or first.rate_limit is None:
+            await self._rates.look_again(starts, None)
+            return 0
+        rate = first.rate_limit
+        count = min(rate.left(starts.times, now), WOKEN)
+        found = (
+            await self._store.queue.find(where).sort("rank", 1).limit(count).to_list(None) if count else []
+        )
+        window = timedelta(seconds=rate.seconds)
+        ends = [start + window for start in starts.times if start + window > now]
+        later = now if count == WOKEN else min(ends, default=now + window)
+        if not await self._rates.look_again(starts, later):
+            return 0  # somebody else does it
+        woken = 0
+        for job in readable(found):
+            woken += await self._store.cas(job, transitions.wake(job, "may be started again")) is not None
+        return woken

@@ -1,0 +1,429 @@
+"""The documents of jobs, in the queue and in the journal: how they are read and how they are written.
+
+A transition is one update of one document whose filter repeats the state, the revision and, for a
+held job, the lease that the decision was based on. If somebody else wrote in between, nothing matches
+and the decision is made again on what is there now.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import bson
+from bson import ObjectId
+from pymongo import IndexModel
+from pymongo.errors import ConnectionFailure, DuplicateKeyError, PyMongoError
+
+from core4 import identifiers, states, transitions
+from core4.database import Database, Document, Page
+from core4.errors import JobExists, JobNotFound, LeaseLost, Unavailable
+from core4.events import EventStore, audit_of
+from core4.jobs import HISTORY_LIMIT, Job, Lease
+from core4.returns import Returns
+from core4.states import FINAL, WAITING, State
+from core4.transitions import Change
+
+log = logging.getLogger(__name__)
+
+QUEUE, JOURNAL = "sys.queue", "sys.journal"
+
+# Jobs of functions are looked for by what their callers call them; other jobs are not in there.
+_OF_FUNCTIONS = (
+    IndexModel([("label", 1)], name="label", sparse=True),
+    IndexModel(
+        [("category", 1), ("_id", 1)],
+        name="category",
+        partialFilterExpression={"function": {"$exists": True}},
+    ),
+)
+
+INDEXES: Mapping[str, Sequence[IndexModel]] = {
+    QUEUE: (
+        IndexModel(
+            [("due", 1), ("namespace", 1), ("rank", 1)], name="claim", partialFilterExpression={"due": True}
+        ),
+        IndexModel([("state", 1), ("rank", 1)], name="state"),
+        IndexModel(
+            [("unique_key", 1)],
+            name="unique_key",
+            unique=True,
+            partialFilterExpression={"unique_key": {"$exists": True}},
+        ),
+        # One holder of a slot at a time, whatever happens.
+        IndexModel(
+            [("slot", 1)], name="slot", unique=True, partialFilterExpression={"slot": {"$exists": True}}
+        ),
+        IndexModel(
+            [("slot_key", 1), ("rank", 1)],
+            name="slot_key",
+            partialFilterExpression={"held": "max_running"},
+        ),
+        IndexModel([("name", 1), ("rank", 1)], name="rate", partialFilterExpression={"held": "rate_limit"}),
+        # Fields that only few documents have: these indexes cost the others nothing.
+        IndexModel([("held", 1)], name="held", sparse=True),
+        IndexModel([("lease.owner", 1)], name="owner", sparse=True),
+        IndexModel([("query_at", 1)], name="query_at", sparse=True),
+        IndexModel([("expires", 1)], name="expires", sparse=True),
+        IndexModel([("settle", 1)], name="settle", sparse=True),
+        IndexModel([("request_id", 1)], name="request_id"),
+        IndexModel([("audit", 1)], name="audit", sparse=True),
+        IndexModel([("stopped_at", 1)], name="stopped_at", sparse=True),
+        IndexModel([("open_deps", 1)], name="open_deps", sparse=True),
+        IndexModel([("chain_id", 1)], name="chain_id", sparse=True),
+        *_OF_FUNCTIONS,
+    ),
+    JOURNAL: (
+        IndexModel([("name", 1), ("_id", 1)], name="name"),
+        IndexModel([("request_id", 1)], name="request_id"),
+        IndexModel([("state", 1), ("_id", 1)], name="state"),
+        IndexModel([("settle", 1)], name="settle", sparse=True),
+        IndexModel([("audit", 1)], name="audit", sparse=True),
+        IndexModel([("journaled_at", 1)], name="journaled_at", sparse=True),
+        *_OF_FUNCTIONS,
+    ),
+}
+
+FEW = 4  # read at once to find a first one that can be read
+RETRIES = 100  # of one decision, if others keep writing the same job
+_UNREADABLE: set[str] = set()  # ids that this process has logged
+
+
+class JobStore:
+    """`sys.queue` and `sys.journal`. All methods may be repeated after an error."""
+
+    def __init__(self, database: Database) -> None:
+        self.database = database
+        self.queue = database.collection(QUEUE)
+        self.journal = database.collection(JOURNAL)
+        self.events = EventStore(database)
+        self.returns = Returns(database)
+
+    async def prepare(self) -> None:
+        """Make the indexes that are missing."""
+        await self.database.ensure_indexes(INDEXES)
+        await self.events.prepare()
+        await self.returns.prepare()
+
+    # ------------------------------------------------------------------ reading
+
+    async def document(self, job_id: ObjectId) -> tuple[Document, bool] | None:
+        """The stored document of a job and whether it is the journal's; None if there is none."""
+        queued = await self.queue.find_one({"_id": job_id})
+        if queued is not None and not queued.get("settle"):
+            return queued, False
+        # It may be in both while it is moved: then the journal is right.
+        journaled = await self.journal.find_one({"_id": job_id})
+        if journaled is not None:
+            return journaled, True
+        return (queued, False) if queued is not None else None
+
+    async def get(self, job_id: ObjectId) -> Job:
+        """The job of this id, from the queue or the journal.
+
+        Raises: JobNotFound.
+        """
+        found = await self.document(job_id)
+        if found is None:
+            raise JobNotFound(job_id)
+        return Job.from_document(found[0], journal=found[1])
+
+    async def ended(self, ids: Sequence[ObjectId]) -> dict[ObjectId, Job | None]:
+        """Those of these jobs that have ended; None for one that is nowhere any more."""
+        queued = await self.queue.find({"_id": {"$in": list(ids)}}).to_list(None)
+        found: dict[ObjectId, Job | None] = {row["_id"]: Job.from_document(row) for row in queued}
+        # In this order: whoever leaves the queue is in the journal before.
+        left = [job_id for job_id in ids if job_id not in found]
+        if left:
+            rows = await self.journal.find({"_id": {"$in": left}}).to_list(None)
+            moved = {row["_id"]: Job.from_document(row, journal=True) for row in rows}
+            found |= {job_id: moved.get(job_id) for job_id in left}
+        return {job_id: job for job_id, job in found.items() if job is None or job.has_ended}
+
+    async def page(
+        self,
+        where: Mapping[str, Any],
+        *,
+        sort: Sequence[tuple[str, int]] = (("_id", 1),),
+        page: int = 0,
+        per_page: int = 10,
+        journal: bool = False,
+        fields: Sequence[str] | None = None,
+        args_room: int | None = None,
+    ) -> Page:
+        """One page of documents; a negative `page` counts from the end. `where` is a trusted filter.
+
+        Arguments that do not fit into `args_room` bytes any more are left out: `args` of such a row is None
+        and `omitted` names it.
+        """
+        table = self.journal if journal else self.queue
+        total = await table.count_documents(dict(where)) if where else await table.estimated_document_count()
+        pages = -(-total // per_page)
+        number = pages + page if page < 0 else page
+        if number < 0 or number >= pages:
+            return Page([], total, page, per_page)
+        cursor = table.find(dict(where), list(fields) if fields else None)
+        rows: list[Document] = []
+        # One by one: what is left out must not be held together, either.
+        async for row in cursor.sort(list(sort)).skip(number * per_page).limit(per_page):
+            if args_room is not None and row.get("args"):
+                size = len(bson.encode(row["args"]))
+                if size > args_room:
+                    row |= {"args": None, "omitted": ["args"]}
+                else:
+                    args_room -= size
+            rows.append(row)
+        return Page(rows, total, page, per_page)
+
+    async def first(self, where: Mapping[str, Any]) -> Job | None:
+        """The first in rank behind a trusted filter."""
+        rows = await self.queue.find(dict(where)).sort("rank", 1).limit(FEW).to_list(None)
+        return next(readable(rows), None)
+
+    async def ids(self, where: Mapping[str, Any], *, limit: int, journal: bool = False) -> list[ObjectId]:
+        """The first ids behind a trusted filter."""
+        table = self.journal if journal else self.queue
+        rows = await table.find(dict(where), {"_id": 1}).sort("_id", 1).limit(limit).to_list(None)
+        return [row["_id"] for row in rows]
+
+    async def count(self, where: Mapping[str, Any], *, journal: bool = False) -> int:
+        """How many there are behind a trusted filter."""
+        return await (self.journal if journal else self.queue).count_documents(dict(where))
+
+    async def of_request(
+        self, request_id: str, allowed: Callable[[str], bool] = lambda name: True, limit: int = 2
+    ) -> list[ObjectId]:
+        """The ids of jobs of `allowed` names that a request has made, at most `limit`."""
+        found: set[ObjectId] = set()
+        for journal in (False, True):
+            table = self.journal if journal else self.queue
+            names = await table.distinct("name", {"request_id": request_id})
+            where = {"request_id": request_id, "name": {"$in": [name for name in names if allowed(name)]}}
+            found.update(await self.ids(where, limit=limit, journal=journal))
+        return sorted(found)[:limit]
+
+    async def results(
+        self, where: Mapping[str, Any], *, page: int, per_page: int, fields: Sequence[str]
+    ) -> Page:
+        """One page of ended jobs whose result nobody has pulled; those in the queue come first.
+
+        `where` is a trusted filter.
+        """
+        ended = {"state": {"$in": sorted(FINAL)}, "consumed": None, **where}
+        queued = await self.queue.count_documents(ended)
+        total = queued + await self.journal.count_documents(ended)
+        pages = -(-total // per_page)
+        first = (pages + page if page < 0 else page) * per_page
+        if not 0 <= first < total:
+            return Page([], total, page, per_page)
+        names = [*fields, "settle"]
+        found = self.queue.find(ended, names).sort("_id", 1).skip(first).limit(per_page)
+        rows = await self._not_journaled(await found.to_list(None))
+        if len(rows) < per_page:
+            here = {row["_id"] for row in rows}  # one of these may be moved in just this moment
+            found = self.journal.find(ended, names).sort("_id", 1).skip(max(first - queued, 0))
+            moved = await found.limit(per_page - len(rows)).to_list(None)
+            rows += [row for row in moved if row["_id"] not in here]
+        return Page(rows, total, page, per_page)
+
+    async def _not_journaled(self, rows: Sequence[Document]) -> list[Document]:
+        """Documents of the queue without what is in the journal already, where it is right."""
+        moving = [row["_id"] for row in rows if row.get("settle")]
+        if not moving:
+            return list(rows)
+        copied = await self.journal.find({"_id": {"$in": moving}}, {"_id": 1}).to_list(None)
+        done = {row["_id"] for row in copied}
+        return [row for row in rows if row["_id"] not in done]
+
+    async def counts(self, where: Mapping[str, Any] | None = None) -> dict[str, int]:
+        """Number of jobs in the queue by state."""
+        pipeline: list[Mapping[str, Any]] = [{"$match": dict(where)}] if where else []
+        pipeline.append({"$group": {"_id": "$state", "n": {"$sum": 1}}})
+        return {row["_id"]: row["n"] for row in await self.database.aggregate(QUEUE, pipeline)}
+
+    async def census(self) -> list[Document]:
+        """Jobs in the queue by `namespace`, `name` and `state`: how many, and `since` when."""
+        by = {"namespace": "$namespace", "name": "$name", "state": "$state"}
+        each = {"$group": {"_id": by, "n": {"$sum": 1}, "since": {"$min": "$enqueued.at"}}}
+        rows = await self.database.aggregate(QUEUE, [each])
+        return [{**row["_id"], "n": row["n"], "since": row["since"]} for row in rows]
+
+    async def journaled(self, where: Mapping[str, Any] | None = None) -> int:
+        """Number of jobs in the journal."""
+        if where:
+            return await self.journal.count_documents(dict(where))
+        return await self.journal.estimated_document_count()
+
+    async def load(self) -> tuple[list[Document], list[Document]]:
+        """How many jobs run, and how many wait: rows of `name`, `namespace`, `worker` and `n`.
+
+        `worker` is who runs them; of waiting ones who may, if that is only one.
+        """
+        running = await self._grouped([State.RUNNING], "$locked.worker")
+        return running, await self._grouped(sorted(WAITING), "$worker")
+
+    async def _grouped(self, found: Sequence[State], worker: str) -> list[Document]:
+        by = {"name": "$name", "namespace": "$namespace", "worker": worker}
+        pipeline: list[Mapping[str, Any]] = [
+            {"$match": {"state": {"$in": [state.value for state in found]}}},
+            {"$group": {"_id": by, "n": {"$sum": 1}}},
+        ]
+        rows = await self.database.aggregate(QUEUE, pipeline)
+        return [{"worker": None, **row["_id"], "n": row["n"]} for row in rows]
+
+    async def running(self, owner_id: str) -> list[Job]:
+        """All jobs held by this owner."""
+        documents = await self.queue.find({"lease.owner": owner_id}).to_list(None)
+        return list(readable(documents))
+
+    async def held_by(self, owners: Collection[str]) -> dict[str, list[Document]]:
+        """The jobs (`_id`, `name`) that each of these owners holds; those with none are left out."""
+        where = {"lease.owner": {"$in": list(owners)}}
+        found: dict[str, list[Document]] = {}
+        for row in await self.queue.find(where, {"name": 1, "lease.owner": 1}).to_list(None):
+            found.setdefault(row["lease"]["owner"], []).append({"_id": row["_id"], "name": row["name"]})
+        return found
+
+    async def unsettled(self, ids: Collection[ObjectId]) -> set[ObjectId]:
+        """Those of the jobs whose outbox may still be worked off."""
+        where = {"_id": {"$in": list(ids)}, "settle": True}
+        rows = [await table.find(where, {"_id": 1}).to_list(None) for table in (self.queue, self.journal)]
+        return {row["_id"] for some in rows for row in some}
+
+    async def opened(self, ids: Collection[ObjectId]) -> set[ObjectId]:
+        """Those of the jobs that are in the queue and not over."""
+        found = self.queue.find({"_id": {"$in": list(ids)}}, {"state": 1})
+        return {row["_id"] for row in await found.to_list(None) if row["state"] not in FINAL}
+
+    # ------------------------------------------------------------------ writing
+
+    async def insert(self, document: Document) -> Job:
+        for _ in range(3):
+            try:
+                await self.queue.insert_one(document)
+                return await self.try_tell(Job.from_document(document))
+            except DuplicateKeyError as error:
+                # Its own id first: a job that is there may have lost its place, or violate both indexes.
+                found = await self.document(document["_id"])
+                if found is not None:
+                    return Job.from_document(found[0], journal=found[1])
+                where = {"unique_key": document.get("unique_key", "")}
+                holder = await self.queue.find_one(where, {"_id": 1})
+                if holder is not None:
+                    raise JobExists(holder["_id"], document["name"]) from error
+                # The holder left in this moment: the place is free.
+            except ConnectionFailure as error:
+                return await self._inserted(document["_id"], error)
+        raise Unavailable("the queue is busy with this job, try again")
+
+    async def _inserted(self, job_id: ObjectId, cause: Exception) -> Job:
+        """The job, if an insert whose reply was lost has arrived."""
+        try:
+            return await self.get(job_id)
+        except (PyMongoError, JobNotFound):
+            raise Unavailable(
+                f"the database did not answer: job [{job_id}] may or may not be stored", job_id=str(job_id)
+            ) from cause
+
+    async def cas(self, seen: Job, change: Change) -> Job | None:
+        """Write `change` if the document is still the one that was `seen`; the job after it, or None."""
+        change = transitions.signed(change, identifiers.request_id())
+        move = states.MOVES[change.move]
+        target = State(change.set.get("state", seen.state))
+        if seen.state not in move.sources or target not in move.targets:
+            raise AssertionError(f"illegal move {change.move}: {seen.state} -> {target}")
+        where: Document = {"_id": seen.id, "state": seen.state.value, "rev": seen.rev}
+        if move.held:
+            where["lease.id"] = transitions.lease_of(seen).id
+        rev = change.rev or seen.rev + 1
+        update: Document = {"$set": {**change.set, "rev": rev}}
+        if change.unset:
+            update["$unset"] = dict.fromkeys(change.unset, 1)
+        if change.entry is not None:
+            update["$push"] = {"history": {"$each": [change.entry], "$slice": -HISTORY_LIMIT}}
+        table = self.journal if seen.journal else self.queue
+        result = await table.update_one(where, update)
+        if not result.matched_count:
+            return None
+        if "slot" in change.unset and seen.document.get("slot"):
+            await self._try_wake_slot(seen.document["slot_key"])
+        after = Job.from_document(transitions.applied(seen.document, change, rev), journal=seen.journal)
+        return await self.try_tell(after) if change.set.get("audit") else after
+
+    async def held(self, job: Job, lease: Lease, plan: Callable[[Job], Change | None]) -> Job:
+        """The same for the holder of a lease, starting from the document it has at hand."""
+        seen = job
+        for _ in range(RETRIES):
+            change = plan(seen)
+            if change is None:
+                return seen
+            after = await self.cas(seen, change)
+            if after is not None:
+                return after
+            try:
+                seen = await self.get(job.id)
+            except JobNotFound:
+                raise LeaseLost(job.id, lease.id) from None
+        raise Unavailable(f"job [{job.id}] is busy, try again")
+
+    async def try_tell(self, job: Job) -> Job:
+        """Tell the audit what was done to a job; if it cannot be done now, a sweep or the move will."""
+        try:
+            if not job.document.get("audit"):  # just enqueued
+                await self.events.add(audit_of(job.document))
+                return job
+            await self.events.complete(audit_of(job.document))
+            table = self.journal if job.journal else self.queue
+            # Not a revision of its own: nothing that anybody decides on has changed.
+            await table.update_one({"_id": job.id, "rev": job.rev}, {"$unset": {"audit": 1}})
+        except PyMongoError as error:
+            log.warning("job.untold", extra={"job_id": str(job.id), "error": str(error)[:200]})
+            return job
+        told = {name: value for name, value in job.document.items() if name != "audit"}
+        return Job.from_document(told, journal=job.journal)
+
+    # ------------------------------------------------------------------ slots
+
+    async def free_slots(self, slots: Sequence[str]) -> list[str]:
+        if not slots:
+            return []
+        rows = await self.queue.find({"slot": {"$in": list(slots), "$exists": True}}, {"slot": 1}).to_list(
+            None
+        )
+        free = sorted(set(slots) - {row["slot"] for row in rows})
+        random.shuffle(free)
+        return free
+
+    async def wake_slot(self, key: str) -> bool:
+        """Put the first that waits for a slot of this key back in line, if there is a free one."""
+        where = {"held": "max_running", "slot_key": key}
+        for _ in range(RETRIES):
+            first = await self.first(where)
+            if first is None or not await self.free_slots(first.slots()):
+                return False
+            if await self.cas(first, transitions.wake(first, "a slot is free")) is not None:
+                return True
+        return False
+
+    async def _try_wake_slot(self, key: str) -> None:
+        """After a slot became free; if it cannot be done now, `wake_held` will."""
+        try:
+            await self.wake_slot(key)
+        except PyMongoError as error:
+            log.warning("job.unwoken", extra={"slot_key": key, "error": str(error)[:200]})
+
+
+def readable(documents: Iterable[Document], *, journal: bool = False) -> Iterator[Job]:
+    """The jobs that these documents describe. One that somebody broke by hand must hold up no other: it is
+    left out and logged, once per process as upkeep meets it again and again, and the doctor tells of it.
+    """
+    for document in documents:
+        try:
+            yield Job.from_document(document, journal=journal)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            job_id = str(document["_id"])
+            if job_id not in _UNREADABLE:
+                _UNREADABLE.add(job_id)
+                log.error("job.unreadable", extra={"job_id": job_id, "error": repr(error)[:200]})
