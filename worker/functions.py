@@ -1,0 +1,120 @@
+"""The worker's side of shipped functions: what may run, with what, and from which launcher."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from core4.actions import verified
+from core4.config import Settings
+from core4.errors import ConfigError, SourceRefused
+from core4.functions import record
+from core4.jobs import Job, canonical
+from core4.worker import confine, shipped
+from core4.worker.backend import Backend
+from core4.worker.handle import JobProcess, Launcher, LauncherDied
+from core4.worker.protocol import Message
+
+ENTRY: Mapping[str, Any] = {"runs": "process", "fresh": False, "target": "", "module": "", "qualname": ""}
+RESULTS = 8 * 1024 * 1024  # bytes that the results of a job's dependencies may have together
+
+
+def require(settings: Settings) -> None:
+    """Whether a worker with these settings can run functions, if it shall.
+
+    Raises: ConfigError, CannotConfine.
+    """
+    if not settings.functions:
+        return
+    if settings.manager is not None:
+        raise ConfigError("a worker over HTTP runs no functions: unset CORE4_FUNCTIONS, or CORE4_MANAGER")
+    if not settings.function_keys:
+        raise ConfigError(
+            "CORE4_FUNCTIONS is set and CORE4_FUNCTION_KEYS is not: a worker runs the functions of those "
+            "whose keys it has; `core4 function key NAME` makes one"
+        )
+    confine.require()
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """One call that may run: what its order has beside that of any job. `close` it when the job has ended."""
+
+    order: Message
+    folder: Path
+
+    def close(self) -> None:
+        """Delete the folder that was the function's own."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class Functions:
+    """Runs functions for one worker, from a launcher that knows no settings, no jobs and no secrets."""
+
+    def __init__(self, backend: Backend, settings: Settings) -> None:
+        self._backend, self._settings, self._keys = backend, settings, settings.signers()
+        self._launcher: Launcher | None = None
+
+    @property
+    def on(self) -> bool:
+        """True if this worker runs functions."""
+        return self._settings.functions
+
+    async def prepare(self, job: Job) -> Prepared:
+        """What this call needs to run; its source is checked once more.
+
+        Raises: SourceRefused if it must not run; one of `TROUBLE`.
+        """
+        function: Mapping[str, Any] = job.document["function"]
+        action = await self._backend.action(job)
+        if action is None:
+            raise SourceRefused(f"action [{function['key']}] is gone")
+        source = verified(action, function, self._keys)
+        about = record(job.document)
+        wants = source.wants_context and shipped.CONTEXT not in job.args
+        results = await self._backend.dependencies(job) if wants else {}
+        if len(canonical(results)) > RESULTS:
+            raise SourceRefused(f"the results of its dependencies have more than {RESULTS} bytes")
+        folder = Path(tempfile.mkdtemp(prefix="core4-function-"))
+        told = {
+            "code": source.code,
+            "method": source.method,
+            "context": wants,
+            "results": results,
+            "folder": str(folder),
+            "folders": list(self._settings.function_folders),
+            "ports": [int(port) for port in self._settings.function_ports],
+            "job": {
+                "name": about["name"],
+                "category": about["category"],
+                "dependencies": [str(each) for each in about["dependencies"]],
+            },
+        }
+        return Prepared({"function": told}, folder)
+
+    async def start(self) -> JobProcess:
+        """A process for a function, which waits for its order.
+
+        Raises: LauncherDied; OSError.
+        """
+        if self._launcher is None or self._launcher.dead.is_set():
+            self.close()
+            self._launcher = Launcher.spawn(self._settings, shipped.environment(os.environ))
+        launcher = self._launcher
+        try:
+            return await launcher.start()
+        except LauncherDied:
+            if launcher is self._launcher:
+                self.close()
+            raise
+
+    def close(self) -> None:
+        """End the launcher; what runs goes on."""
+        if self._launcher is not None:
+            self._launcher.close()
+            self._launcher = None
