@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import traceback
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -29,12 +30,18 @@ def _unserved(name: str, args: Mapping[str, Any]) -> str:
     raise EnqueueRefused(f"no queue is at hand for [{name}]", reason="no_queue")
 
 
+def _uncalled(name: str, args: Mapping[str, Any]) -> Future[Any]:
+    """A call where there is no queue."""
+    raise EnqueueRefused(f"no queue is at hand for [{name}]", reason="no_queue")
+
+
 @dataclass(frozen=True)
 class JobContext:
     """What a job knows of its execution and where it reports to.
 
     ``report`` gets a progress from 0.0 to 1.0 and its message. ``options`` are those stored with the job;
-    they override what the class declares. ``enqueue`` gets a qual_name and arguments and returns an id.
+    they override what the class declares. ``enqueue`` gets a qual_name and arguments and returns an id,
+    ``call`` the same and returns the future result of that job.
     """
 
     job_id: str
@@ -44,6 +51,7 @@ class JobContext:
     options: Mapping[str, Any] = field(default_factory=dict)
     report: Callable[[float, str], None] = _unheard
     enqueue: Callable[[str, Mapping[str, Any]], str] = _unserved
+    call: Callable[[str, Mapping[str, Any]], Future[Any]] = _uncalled
 
 
 # A context variable: on one event loop many jobs run, and the tasks of each inherit it.

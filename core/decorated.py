@@ -14,16 +14,20 @@ import functools
 import inspect
 import json
 import re
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Generic, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Protocol, TypeVar
 
-from core4 import options, signatures
+from core4 import options, scripts, signatures
 from core4.context import current
 from core4.errors import BadOption, JobInvalid, UnknownOption, UsageError
 from core4.options import OPTIONS
 from core4.tasks import DECLARATIONS
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -55,18 +59,70 @@ class Declaration:
     on_failure: str | None
     schedule: str | Mapping[str, Any] | None
     default_args: Mapping[str, Any] | None
+    script: str | None = None
+
+
+class Home(Protocol):
+    """The manager of the application that a task is in."""
+
+    @property
+    def is_here(self) -> bool:
+        """False in a fork of the application."""
+
+    def begin(self, name: str, args: Mapping[str, Any]) -> Future[str]:
+        """Enqueue a job; its id."""
+
+    def call(self, name: str, args: Mapping[str, Any]) -> Future[Any]:
+        """Enqueue a job and wait for its end; its result."""
 
 
 class Task(Generic[P, T]):
-    """A function that workers run as a job; it stays callable as the function it is."""
+    """A function that workers run as a job; outside of jobs it stays callable as the function it is.
+
+    Inside a job, and in the application of the manager that it is a task of, what is awaited is a job of its
+    own: ``await other(...)`` gives its result. ``function`` is the function itself, wherever.
+    """
 
     def __init__(self, function: Callable[P, T]) -> None:
         functools.update_wrapper(self, function)
         self.function = function
         self.declarations: dict[str, Declaration] = {}
+        self.home: Home | None = None
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> T:
+        in_place = current() is not None or self._manager() is not None
+        if in_place and (inspect.iscoroutinefunction(self.function) or _on_a_loop()):
+            return self.call_async(*args, **kwargs)  # type: ignore[return-value]  # who calls this awaits it
         return self.function(*args, **kwargs)
+
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        """Inside a job that is no coroutine: enqueue it, wait for its end and return its result.
+
+        Meanwhile the job has no slot, another one runs in it. Outside of jobs it just calls the function, but
+        for the application of its manager, where it does the same as inside.
+
+        Raises: CallFailed if the job did not complete, Core4Error in an application; EnqueueRefused;
+        UsageError for arguments that the function does not take, and in a coroutine function, which says
+        ``await`` instead.
+        """
+        if _on_a_loop():
+            name = self.function.__name__
+            raise UsageError(f"this would stop the loop for all jobs on it: use `await {name}(...)`")
+        context = current() or self._manager()
+        if context is None:
+            found = self.function(*args, **kwargs)
+            return _run(found) if inspect.iscoroutine(found) else found
+        return context.call(*self._order(args, kwargs)).result()
+
+    async def call_async(self, *args: Any, **kwargs: Any) -> Any:
+        """`call` for coroutine functions, as awaiting the task itself; a job that cancels it ends it."""
+        context = current() or self._manager()
+        if context is None:
+            found = self.function(*args, **kwargs)
+            return await found if inspect.isawaitable(found) else found
+        import asyncio  # whoever awaits this has it
+
+        return await asyncio.wrap_future(context.call(*self._order(args, kwargs)))
 
     def qual_name(self, namespace: str | None = None) -> str:
         """The name under which it is published, ``namespace:function``.
@@ -83,7 +139,8 @@ class Task(Generic[P, T]):
         return f"{chosen}:{self.function.__name__}"
 
     def submit(self, *args: Any, **kwargs: Any) -> str:
-        """Enqueue it and return the id of the job; inside a job through the worker, else through the API.
+        """Enqueue it and return the id of the job: inside a job through the worker, in the application of its
+        manager through that, else through the API.
 
         The arguments are those of the function; ``namespace`` says which task is meant if it is several and
         the function has no such parameter.
@@ -95,6 +152,13 @@ class Task(Generic[P, T]):
         context = current()
         if context is not None:
             return context.enqueue(name, bound)
+        manager = self._manager()
+        if manager is not None:
+            if _on_a_loop():
+                raise UsageError(
+                    f"this would stop the loop: use `await {self.function.__name__}.submit_async(...)`"
+                )
+            return manager.begin(name, bound).result()
         from core4 import Client  # loaded here: it needs requests, which a job does not
 
         with Client() as client:
@@ -105,6 +169,9 @@ class Task(Generic[P, T]):
         import asyncio  # whoever calls this has it
 
         return await asyncio.to_thread(self.submit, *args, **kwargs)
+
+    def _manager(self) -> Home | None:
+        return self.home if self.home is not None and self.home.is_here else None
 
     def _order(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         own = "namespace" in inspect.signature(self.function).parameters
@@ -122,6 +189,7 @@ def task(
     retry_policy: str | None = None,
     run_before: str | list[str] | None = None,
     run_after: str | list[str] | None = None,
+    subprocess: bool = False,
     schedule: str | Mapping[str, Any] | None = None,
     default_args: Mapping[str, Any] | None = None,
     **more: Any,
@@ -134,6 +202,8 @@ def task(
         retry_policy: ``retry_once`` (the default unless `attempts` is given), ``never`` or ``retry_always``.
         run_before: tasks of the same namespace that complete before it starts.
         run_after: tasks of the same namespace that are started with its result when it has completed.
+        subprocess: run the file of its name in the task folder instead, in a fresh interpreter; the body of
+            the function is never run, see `core4.scripts`.
         schedule: cron expression, or a mapping as job classes have it.
         default_args: ``{"args": [...], "kwargs": {...}}`` for jobs that nobody gives arguments.
         more: any option of a job class, see `core4.tasks.CoreJob`; and author, tag, unique, hidden.
@@ -157,6 +227,7 @@ def task(
             on_failure=next(iter(_names(where, "on_failure", on_failure)), None),
             schedule=_schedule(where, schedule),
             default_args=_default_args(where, found.function, default_args),
+            script=_script(where, found.function, subprocess),
         )
         if declaration.schedule is not None:
             _check_arguments(where, found.function, declaration.default_args or {})
@@ -166,12 +237,15 @@ def task(
     return decorate
 
 
-def entries(found: Task[Any, Any]) -> list[dict[str, Any]]:
+def entries(found: Task[Any, Any], *, here: bool = False) -> list[dict[str, Any]]:
     """The catalogue entries of a task, one per namespace: plain JSON.
+
+    Args:
+        here: it runs in this process, or in a fork of it, so that nobody else has to find it.
 
     Raises: JobInvalid.
     """
-    if "<locals>" in found.function.__qualname__:
+    if not here and "<locals>" in found.function.__qualname__:
         raise JobInvalid(f"the task {found.function.__qualname__} is not at the top level of its module")
     return [_entry(found, declaration) for declaration in found.declarations.values()]
 
@@ -179,7 +253,6 @@ def entries(found: Task[Any, Any]) -> list[dict[str, Any]]:
 def _entry(found: Task[Any, Any], said: Declaration) -> dict[str, Any]:
     function = found.function
     schema = signatures.schema(function, positional=True)
-    inline = inspect.iscoroutinefunction(function)
     hooks: dict[str, Any] = {
         "run_before": [f"{said.namespace}:{name}" for name in said.run_before],
         "run_after": [f"{said.namespace}:{name}" for name in said.run_after],
@@ -189,7 +262,7 @@ def _entry(found: Task[Any, Any], said: Declaration) -> dict[str, Any]:
         "_id": f"{said.namespace}:{function.__name__}",
         "namespace": said.namespace,
         "kind": "task",
-        "runs": "inline" if inline and said.options.get("memory_limit") is None else "process",
+        "runs": _place(function, said),
         "author": said.declared.get("author"),
         "doc": (inspect.getdoc(function) or "")[:10_000],
         "tag": list(said.declared["tag"]) if said.declared.get("tag") else None,
@@ -204,7 +277,15 @@ def _entry(found: Task[Any, Any], said: Declaration) -> dict[str, Any]:
         "retry_policy": said.retry_policy,
         "default_args": dict(said.default_args) if said.default_args is not None else None,
         **hooks,
+        **({"script": said.script} if said.script else {}),
     }
+
+
+def _place(function: Callable[..., Any], said: Declaration) -> str:
+    if said.script is not None:
+        return "script"
+    inline = inspect.iscoroutinefunction(function) and said.options.get("memory_limit") is None
+    return "inline" if inline else "process"
 
 
 def _published(said: Declaration) -> str | dict[str, Any] | None:
@@ -259,6 +340,18 @@ def _names(where: str, option: str, value: Any) -> tuple[str, ...]:
     return tuple(names)
 
 
+def _script(where: str, function: Callable[..., Any], wanted: Any) -> str | None:
+    """The file to run instead of the function."""
+    if not isinstance(wanted, bool):
+        raise BadOption(f"{where}: subprocess is {wanted!r:.100}, expected True or False")
+    if not wanted:
+        return None
+    try:
+        return str(scripts.find(function.__name__))
+    except BadOption as error:
+        raise BadOption(f"{where}: {error.detail}") from None
+
+
 def _schedule(where: str, schedule: Any) -> Any:
     if schedule is None:
         return None
@@ -294,9 +387,19 @@ def _check_arguments(where: str, function: Callable[..., Any], args: Mapping[str
         raise BadOption(f"{where}: a scheduled task needs default_args for {', '.join(missing)}")
 
 
+def _on_a_loop() -> bool:
+    """True if this thread runs an event loop: then nothing may wait here."""
+    asyncio = sys.modules.get("asyncio")
+    return asyncio is not None and asyncio._get_running_loop() is not None
+
+
+def _run(coroutine: Any) -> Any:
+    import asyncio  # for the few that need it
+
+    return asyncio.run(coroutine)
+
+
 def _did_you_mean(name: str) -> str:
-    if name == "subprocess":
-        return ": tasks in files of their own are not there yet; a plain `def` has a process of its own"
-    hooks = ("namespace", "on_failure", "retry_policy", "run_before", "run_after", "schedule", "default_args")
+    hooks = task.__kwdefaults__ or {}
     close = difflib.get_close_matches(name.lower(), [*OPTIONS, *_DECLARED, *hooks], n=1, cutoff=0.6)
     return f"; did you mean {close[0]}?" if close else ""

@@ -33,6 +33,11 @@ _SIMPLE: Mapping[Any, str] = {
 _ARRAYS = (list, collections.abc.Sequence, collections.abc.Iterable, collections.abc.Collection)
 _OBJECTS = (dict, collections.abc.Mapping, collections.abc.MutableMapping)
 _MOST_ERRORS = 20
+_DEPTH = 32  # levels of schemas
+# All that `schema` writes below the top.
+_KEYWORDS = frozenset(
+    "type properties required additionalProperties items enum anyOf default description".split()
+) | {"x-python", "x-kind"}
 
 
 def schema(func: Callable[..., Any], *, positional: bool = False) -> Schema:
@@ -105,14 +110,58 @@ def call_args(func: Callable[..., Any], args: Mapping[str, Any]) -> tuple[tuple[
 def check(schema: Mapping[str, Any], args: Any) -> list[dict[str, str]]:
     """What does not fit: JSON pointers into `args` and messages; empty if all is well."""
     from jsonschema import Draft202012Validator
+    from referencing import Registry
+    from referencing.exceptions import Unresolvable
 
     found: dict[tuple[str, str], None] = {}
-    for error in Draft202012Validator(schema).iter_errors(args):
-        for row in _rows(error):
-            found[row] = None
-        if len(found) >= _MOST_ERRORS:
-            break
+    try:
+        # Without a registry of ours it would fetch what a schema refers to, from any address.
+        for error in Draft202012Validator(schema, registry=Registry()).iter_errors(args):
+            for row in _rows(error):
+                found[row] = None
+            if len(found) >= _MOST_ERRORS:
+                break
+    except Unresolvable as unknown:
+        found["", f"the schema of the job refers to {unknown.ref[:200]}, which it does not contain"] = None
     return [{"pointer": pointer, "message": message} for pointer, message in found]
+
+
+def complaint(given: Any) -> str | None:
+    """Why a value is no schema as `schema` makes one, None if it is.
+
+    Whoever checks arguments against it does not have to trust its author: there are no references and no
+    regular expressions in it.
+    """
+    from jsonschema import Draft202012Validator, SchemaError
+
+    if not isinstance(given, Mapping):
+        return "a schema is an object"
+    if given.get("$schema", DIALECT) != DIALECT:
+        return f"a schema is one of {DIALECT}"
+    top = {name: part for name, part in given.items() if name != "$schema"}
+    parts: list[tuple[Any, int]] = [(top, 1)]
+    while parts:
+        part, depth = parts.pop()
+        if not isinstance(part, Mapping) or depth > _DEPTH:
+            return f"a schema consists of objects, nested less than {_DEPTH} deep"
+        if unknown := sorted(set(part) - _KEYWORDS):
+            return f"a schema of arguments has no {unknown[0][:100]}"
+        parts += [(inner, depth + 1) for inner in _inner(part)]
+    try:
+        Draft202012Validator.check_schema(given)
+    except SchemaError as error:
+        return f"no schema: {error.message[:200]}"
+    return None
+
+
+def _inner(part: Mapping[str, Any]) -> list[Any]:
+    """The schemas right inside of one."""
+    properties, choices = part.get("properties", {}), part.get("anyOf", [])
+    found = [*properties.values()] if isinstance(properties, Mapping) else [None]
+    found += choices if isinstance(choices, list) else [None]
+    found += [part["items"]] if "items" in part else []
+    further = part.get("additionalProperties", False)
+    return found if isinstance(further, bool) else [*found, further]
 
 
 def digest(schema: Mapping[str, Any]) -> str:

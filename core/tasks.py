@@ -105,6 +105,7 @@ class CoreJob:
     ``priority``              -1000 to 1000, higher first (0)
     ``force``                 before all others, whatever their priority (False)
     ``worker``                run only on this worker, like ``worker@host`` (None)
+    ``return_queues``         names of queues that its end is put into, see :doc:`/howto/returns` (None)
     ``schedule``              cron expression or mapping (:doc:`/howto/schedules`), not inherited (None)
     ``tag``                   list of texts for the catalogue, not inherited (None)
     ``namespace``             queue that the job goes to unless enqueued elsewhere ("DEFAULT")
@@ -149,6 +150,7 @@ class CoreJob:
     priority: int = OPTIONS["priority"].default
     force: bool = OPTIONS["force"].default
     worker: str | None = OPTIONS["worker"].default
+    return_queues: str | list[str] | None = OPTIONS["return_queues"].default
 
     _context: JobContext
     _reported_at: float

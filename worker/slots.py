@@ -1,0 +1,100 @@
+"""The slots of a worker: who runs has one, and lends it to others while it waits for jobs that it called.
+
+No more bodies run than there are slots, nor more of a name than its `max_parallel`: who continues takes a
+slot back first, before any other job is claimed. Those that wait are bounded elsewhere, see
+`core4.worker.daemon`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from bson import ObjectId
+
+from core4.jobs import Job
+
+
+class Slots:
+    """So many slots; `freed` is called when one may have become free."""
+
+    def __init__(self, count: int, freed: Callable[[], None]) -> None:
+        self.count, self._freed = count, freed
+        self._holders: dict[ObjectId, Job] = {}
+        self._lenders: dict[ObjectId, Job] = {}
+        self._returning: dict[ObjectId, asyncio.Future[None]] = {}  # the first has waited longest
+        self._reserved = 0
+
+    @property
+    def free(self) -> int:
+        """Slots that nobody has."""
+        return self.count - len(self._holders) - self._reserved
+
+    @property
+    def lent(self) -> int:
+        """Jobs that wait for others and have lent their slot."""
+        return len(self._lenders)
+
+    def full_names(self) -> set[str]:
+        """The names of which as many run as they allow; those that wait do not count."""
+        running = Counter(job.name for job in self._holders.values())
+        return {
+            job.name
+            for job in self._holders.values()
+            if job.max_parallel is not None and running[job.name] >= job.max_parallel
+        }
+
+    @contextmanager
+    def reserved(self, count: int) -> Iterator[None]:
+        """Keep so many for jobs that are being claimed."""
+        self._reserved += count
+        try:
+            yield
+        finally:
+            self._reserved -= count
+            self._hand_out()
+
+    def take(self, job: Job) -> None:
+        """A claimed job begins."""
+        self._holders[job.id] = job
+
+    def leave(self, job: Job) -> None:
+        """The job has ended, here at least."""
+        self._holders.pop(job.id, None)
+        self._lenders.pop(job.id, None)
+        if (returning := self._returning.pop(job.id, None)) is not None:
+            returning.cancel()
+        self._hand_out()
+        self._freed()
+
+    def lend(self, job: Job) -> None:
+        """The job waits for others; one that was to take its slot back goes on without."""
+        if (returning := self._returning.pop(job.id, None)) is not None and not returning.done():
+            returning.set_result(None)
+        if self._holders.pop(job.id, None) is not None:
+            self._lenders[job.id] = job
+            self._hand_out()
+            self._freed()
+
+    async def take_back(self, job: Job) -> None:
+        """The job continues as soon as there is a slot for it."""
+        if job.id not in self._lenders:
+            return
+        self._returning[job.id] = returning = asyncio.get_running_loop().create_future()
+        self._hand_out()
+        try:
+            await returning
+        finally:
+            if self._returning.get(job.id) is returning:
+                del self._returning[job.id]
+
+    def _hand_out(self) -> None:
+        """Give what is free to those that want to continue."""
+        for job_id, returning in list(self._returning.items()):
+            job = self._lenders.get(job_id)
+            if job is None or returning.done() or self.free <= 0 or job.name in self.full_names():
+                continue
+            self._holders[job_id] = self._lenders.pop(job_id)
+            returning.set_result(None)
