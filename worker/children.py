@@ -1,4 +1,4 @@
-"""Jobs that a running job asks for: it has no credentials, so its worker enqueues them."""
+"""Jobs that a running job asks for: it has no credentials, so its worker has them enqueued."""
 
 from __future__ import annotations
 
@@ -6,24 +6,19 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
-from core4.catalogue import Catalogue
-from core4.errors import BadArguments, Core4Error, JobExists, JobInvalid, TooLarge, UnknownJob
-from core4.jobs import Job, canonical, derived_id
-from core4.orders import make_order
-from core4.queues import JobQueue
+from core4.children import kind_of
+from core4.jobs import Job
+from core4.worker.backend import Backend
 from core4.worker.protocol import Message
 
-Persist = Callable[[Callable[[], Awaitable[Job]]], Awaitable[Job]]
+Persist = Callable[[Callable[[], Awaitable[Message]]], Awaitable[Message]]
 
 
 class Children:
-    """The jobs one attempt asks for. A repeated attempt gets those of the one before."""
+    """The jobs one attempt asks for. A repeated attempt gets those of the one before that it did not call."""
 
-    def __init__(
-        self, job: Job, queue: JobQueue, catalogue: Catalogue, *, args_cap: int, hostname: str
-    ) -> None:
-        self._job, self._queue, self._catalogue = job, queue, catalogue
-        self._args_cap, self._hostname = args_cap, hostname
+    def __init__(self, job: Job, backend: Backend, *, hostname: str) -> None:
+        self._job, self._backend, self._hostname = job, backend, hostname
         self._asked: Counter[str] = Counter()
 
     async def enqueue(self, wanted: Mapping[str, Any], persist: Persist) -> Message:
@@ -32,38 +27,17 @@ class Children:
         Raises: KeyError, TypeError or AttributeError for a request that is none.
         """
         name, args = str(wanted["name"]), dict(wanted["args"])
-        try:
-            child = await persist(lambda: self._enqueue(name, args))
-        except (BadArguments, JobExists, JobInvalid, TooLarge, UnknownJob) as refused:
-            return {"refused": _refusal(refused)}
-        self._asked[_kind(name, args)] += 1
-        return {"enqueued": str(child.id)}
-
-    async def _enqueue(self, name: str, args: dict[str, Any]) -> Job:
-        entry = await self._catalogue.get(name)
-        if entry is None:
-            raise UnknownJob(name)
-        order = make_order(
-            entry,
-            args,
-            args_cap=self._args_cap,
-            username=self._job.username,
-            hostname=self._hostname,
-            request_id=self._job.document.get("request_id"),
-            parent_id=self._job.id,
+        kind = kind_of(name, args)
+        number = self._asked[kind]
+        answer = await persist(
+            lambda: self._backend.enqueue(self._job, name, args, number, hostname=self._hostname)
         )
-        kind = _kind(name, args)
-        child_id = derived_id(self._job.id, "child", kind, self._asked[kind])
-        return await self._queue.enqueue(order, job_id=child_id, once=True)
+        if "enqueued" in answer:
+            self._asked[kind] += 1
+        return answer
 
-
-def _kind(name: str, args: Mapping[str, Any]) -> str:
-    """What two requests share that only their number tells apart."""
-    try:
-        return canonical([name, dict(args)])
-    except (ValueError, RecursionError):
-        return name  # it is refused anyway
-
-
-def _refusal(error: Core4Error) -> dict[str, str]:
-    return {"reason": error.code, "detail": error.detail}
+    async def call(self, number: int, name: str, args: Mapping[str, Any], persist: Persist) -> Message:
+        """The answer to the attempt's call of this number: the id of a job that is to be waited for."""
+        return await persist(
+            lambda: self._backend.call(self._job, name, args, number, hostname=self._hostname)
+        )

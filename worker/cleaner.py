@@ -14,7 +14,9 @@ from datetime import datetime, timedelta
 from bson import ObjectId
 from pymongo.errors import PyMongoError
 
+from core4.actions import ActionStore
 from core4.config import Settings
+from core4.controls import ControlStore
 from core4.database import Database
 from core4.errors import Unavailable
 from core4.events import EventStore
@@ -22,6 +24,8 @@ from core4.jobs import utcnow
 from core4.logs import LogStore
 from core4.queues import JobQueue
 from core4.registry import WorkerRegistry
+from core4.retention import Retention
+from core4.returns import Returns
 from core4.users import UserStore
 
 log = logging.getLogger(__name__)
@@ -37,8 +41,13 @@ class Cleaner:
 
     def __init__(self, database: Database, settings: Settings, queue: JobQueue) -> None:
         self._settings, self._queue = settings, queue
+        self._retention = Retention(queue.store, queue.outbox)
+        self._actions = ActionStore(database)
         self._logs, self._events = LogStore(database), EventStore(database)
+        self._controls = ControlStore(database)
         self._registry, self._users = WorkerRegistry(database), UserStore(database, settings)
+        self._returns = Returns(database)
+        self._expired_to: datetime | None = None  # results of jobs journaled before that are gone
 
     async def run(self) -> None:
         """Sweep until cancelled; outlives outages of the database."""
@@ -63,9 +72,13 @@ class Cleaner:
             "stopped": await self._sweep(keep.keep_stopped_days, self._retire),
             "journal": await self._sweep(keep.keep_journal_days, self._forget_jobs),
             "log": await self._sweep(keep.keep_log_days, self._forget_lines),
+            "action": await self._sweep(keep.keep_journal_days, self._forget_actions),
             "event": await self._sweep(keep.keep_event_days, self._events.forget),
+            "result": await self._sweep(keep.keep_result_days, self._expire_results),
+            "return": await self._sweep(keep.keep_return_days, self._forget_returned),
             "counts": await self._events.forget_counts(utcnow(), PORTION),
             "worker": await self._registry.forget(utcnow() - timedelta(days=WORKERS_DAYS)),
+            "stop": await self._controls.forget_stops(utcnow() - timedelta(days=WORKERS_DAYS)),
             "token": await self._users.forget_tokens(),
         }
 
@@ -83,14 +96,32 @@ class Cleaner:
         return total
 
     async def _retire(self, before: datetime, limit: int) -> int:
-        return await self._queue.retire(before, limit)
+        return await self._retention.retire(before, limit)
 
     async def _forget_jobs(self, before: datetime, limit: int) -> int:
-        ids = await self._queue.forgettable(before, limit)
+        ids = await self._retention.forgettable(before, limit)
         # The log first: it can be read with its job only, and would be left behind.
         await self._logs.forget(ids)
-        return await self._queue.forget(ids, before)
+        return await self._retention.forget(ids, before)
+
+    async def _expire_results(self, before: datetime, limit: int) -> int:
+        done, self._expired_to = await self._retention.expire_results(self._expired_to, before, limit)
+        return done
+
+    async def _forget_returned(self, before: datetime, limit: int) -> int:
+        rows = await self._returns.older(before, limit)
+        # Put there once more it would be a second one: not before its job has nothing left to put.
+        busy = await self._queue.store.unsettled({row["job_id"] for row in rows})
+        return await self._returns.forget([row["_id"] for row in rows if row["job_id"] not in busy])
 
     async def _forget_lines(self, before: datetime, limit: int) -> int:
         ids: set[ObjectId] = await self._logs.older(before, limit)
-        return await self._logs.forget(ids - await self._queue.opened(ids), before)
+        return await self._logs.forget(ids - await self._queue.store.opened(ids), before)
+
+    async def _forget_actions(self, before: datetime, limit: int) -> int:
+        keys = await self._actions.forgettable(before, limit)
+        if not keys:
+            return 0
+        # A job may have waited all that time.
+        needed = await self._queue.store.queue.distinct("function.key", {"function.key": {"$in": keys}})
+        return await self._actions.forget(set(keys) - set(needed), before)

@@ -6,45 +6,41 @@ import asyncio
 import contextlib
 import logging
 import os
-import random
 import socket
 import time
 import uuid
 from collections import Counter
-from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from bson import ObjectId
-from pymongo.errors import PyMongoError
 
-from core4 import __version__, identifiers, signatures
-from core4.catalogue import Catalogue
-from core4.changes import Change, ChangeFeed
+from core4 import identifiers, signatures
+from core4.attendance import TROUBLE, Contact, jittered
+from core4.changes import Change
 from core4.config import Settings
-from core4.controls import CONTROL, Controls, ControlStore
-from core4.database import Database
-from core4.errors import JobInvalid, LeaseLost, Unavailable
-from core4.events import EventStore
-from core4.jobs import Job, Owner
-from core4.logs import LogStore
-from core4.queues import QUEUE, JobQueue
-from core4.registry import WorkerRegistry
+from core4.controls import CONTROL, Controls, Stop
+from core4.errors import JobInvalid, LeaseLost
+from core4.functions import NAMESPACE, SERVES
+from core4.jobs import Job, Kind, Owner
 from core4.schedules import SCHEDULE
 from core4.service import ready
-from core4.worker import linux
-from core4.worker.cleaner import Cleaner
+from core4.worker import functions, linux
+from core4.worker.backend import Backend, OwnerLost
 from core4.worker.executor import Execution
+from core4.worker.functions import Functions
 from core4.worker.gate import Gate
 from core4.worker.handle import Launcher, LauncherDied, Loaded, load_all
 from core4.worker.host import Host, Hosts
-from core4.worker.ingest import Ingest
-from core4.worker.scheduler import Scheduler
+from core4.worker.local import Local
+from core4.worker.slots import Slots
+from core4.worker.watch import Watch
 
 log = logging.getLogger(__name__)
 
-SWEEP_EVERY = 10.0  # seconds between two looks for half-done moves
 GATE_EVERY = 1.0  # seconds between two looks at the machine's load
 RELOAD_EVERY = 1.0  # seconds between two looks at the job files
 SHORT_GRACE = 2.0  # seconds between TERM and KILL when the worker has to go
@@ -53,8 +49,6 @@ _REFUSALS = 10_000  # jobs whose refusals are counted
 _LAST_DELAY = 60.0  # seconds until a job that was refused again and again is due again
 _FIRST_PAUSE, _LAST_PAUSE = 0.2, 5.0  # seconds between two tries of what the database did not answer
 
-_TROUBLE = (PyMongoError, Unavailable, TimeoutError)
-
 
 class Worker:
     """One worker; `run` it once.
@@ -62,29 +56,30 @@ class Worker:
     The launcher has to be spawned before: the worker closes it, and any that follows it.
     """
 
-    def __init__(self, database: Database, settings: Settings, launcher: Launcher) -> None:
-        self._settings, self._launcher = settings, launcher
+    def __init__(
+        self, backend: Backend, settings: Settings, launcher: Launcher, local: Local | None = None
+    ) -> None:
+        self._local = local
+        self._backend, self._settings, self._launcher = backend, settings, launcher
         self._hosts: Hosts  # made by `run`: what they say is about this worker
-        self._queue = JobQueue(database, settings)
-        self._logs = LogStore(database)
-        self._catalogue = Catalogue(database)
-        self._registry = WorkerRegistry(database)
-        self._control_store = ControlStore(database)
         self._controls = Controls()
+        self.up = asyncio.Event()  # it is registered, and claims
+        self._paused = False  # by its own process, see `pause`
         self._halted = asyncio.Event()
-        self._scheduler = Scheduler.of_worker(database, settings, self._queue, lambda: self._controls)
-        self._ingest = Ingest(database, settings, self._queue)
-        self._events = EventStore(database)
-        self._cleaner = Cleaner(database, settings, self._queue)
-        self._feed = ChangeFeed(database, [QUEUE, SCHEDULE, CONTROL])
-        self._database = database
+        self._functions = Functions(backend, settings)
         self._started_at: datetime | None = None  # by the database's clock
         self._hostname = socket.gethostname()
-        self._slots = settings.slots or len(os.sched_getaffinity(0)) * 2
+        self._work, self._look, self._launchable = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        self._slots = Slots(settings.slots or len(os.sched_getaffinity(0)) * 2, self._work.set)
+        self._watch = Watch(backend, settings.poll)
         self._loaded = Loaded()
         self._gate = Gate(settings.max_cpu, settings.min_free_ram)
         self._identity: dict[str, Any] = {}  # of every line that is logged from here on
+        self._owners: set[str] = set()  # all that this process has been
         self.owner = self._new_owner()
+        self._left = settings.worker_jobs  # jobs that it may still begin; None for any
+        self._patient = False  # what runs may end, however long it takes
+        self._halt = asyncio.Event()  # of `run`: do not wait for what runs
         # Held by whoever changes or judges what this worker holds: a claim, a reconcile, a new owner.
         self._holding = asyncio.Lock()
         self._executions: dict[ObjectId, Execution] = {}
@@ -92,12 +87,18 @@ class Worker:
         self._refusals: Counter[ObjectId] = Counter()
         self._foreign: set[str] = set()  # names that came up and are not known here: not claimed again
         self._returning: set[asyncio.Task[None]] = set()
-        self._work, self._look, self._launchable = asyncio.Event(), asyncio.Event(), asyncio.Event()
-        self._control = asyncio.Event()
+        self._control, self._rouse = asyncio.Event(), asyncio.Event()
         self._closing = asyncio.Event()
         self._failure: asyncio.Future[None] | None = None
         self._renewed = time.monotonic()  # when the last renewal that succeeded was sent
-        self._contact_since: float | None = None
+        self._contact = Contact()
+        self._chores = backend.chores(
+            contact=self._contact,
+            controls=lambda: self._controls,
+            worker=lambda: self.owner.worker,
+            woken=self._work.set,
+            closing=self._closing,
+        )
 
     async def run(self, stop: asyncio.Event, halt: asyncio.Event | None = None) -> None:
         """Work until `stop`, then let running jobs end for a while; at once when `halt` is set, too.
@@ -107,7 +108,8 @@ class Worker:
         identifiers.bind(self._identity)
         self._hosts = Hosts(self._settings)
         self._failure = asyncio.get_running_loop().create_future()
-        unlisten = self._feed.listen(self._on_change)
+        self._halt = halt or self._halt
+        unlisten = self._backend.listen(self._on_change)
         parts: list[asyncio.Task[None]] = []
         try:
             if not await self._begin(stop):
@@ -115,9 +117,10 @@ class Worker:
             self._look_at_machine()
             claiming = self._part(self._claim_jobs())
             parts = [self._part(part) for part in self._side_parts()]
-            ready(log, slots=self._slots, jobs=len(self._loaded.entries))
+            self.up.set()
+            ready(log, slots=self._slots.count, jobs=len(self._loaded.entries))
             await _first(stop.wait(), self._halted.wait(), self._failure)
-            await self._drain(claiming, halt or asyncio.Event())
+            await self._drain(claiming, stop)
         finally:
             unlisten()
             for part in parts:
@@ -125,9 +128,21 @@ class Worker:
             await asyncio.gather(*parts, return_exceptions=True)
             await self._leave()
             await self._hosts.close()
+            self._functions.close()
             self._launcher.close()
         if self._failure.done():
             self._failure.result()
+
+    def pause(self, paused: bool) -> None:
+        """Claim nothing any more, or go on; what runs is not touched. For its own process, in its loop."""
+        self._paused = paused
+        self._rouse.set()
+        self._work.set()
+
+    def retire(self) -> None:
+        """Claim nothing more and end when all that runs has ended, however long that takes."""
+        self._patient = True
+        self._halted.set()
 
     def _side_parts(self) -> list[Coroutine[Any, Any, None]]:
         parts = [
@@ -135,16 +150,14 @@ class Worker:
             self._guard(),
             self._reconcile(),
             self._obey(),
-            self._upkeep(),
             self._watch_machine(),
-            self._feed.run(),
+            self._backend.follow(),
+            self._watch.run(),
             self._keep_launcher(),
         ]
-        parts += [self._cleaner.run(), self._count()]
-        if self._settings.scheduler:
-            parts.append(self._scheduler.run(self._closing))
-        if self._settings.ingest:
-            parts.append(self._ingest.run(self._closing))
+        parts += self._chores.parts() if self._chores else []
+        if self._local is not None:
+            parts.append(self._take_local(self._local))
         return [*parts, self._reload()] if self._settings.reload else parts
 
     def _part(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
@@ -164,9 +177,7 @@ class Worker:
 
     async def _begin(self, stop: asyncio.Event) -> bool:
         """Load, publish, register; False if the worker is stopped before."""
-        stores = (self._queue, self._logs, self._registry, self._control_store, self._ingest)
-        prepare = [store.prepare for store in stores]
-        beginning = asyncio.ensure_future(self._load_and_announce(prepare))
+        beginning = asyncio.ensure_future(self._load_and_announce())
         await _first(stop.wait(), beginning)
         if not beginning.done():
             beginning.cancel()
@@ -175,55 +186,40 @@ class Worker:
         beginning.result()
         return True
 
-    async def _load_and_announce(self, prepare: Collection[Callable[[], Awaitable[None]]]) -> None:
-        for step in prepare:
-            await self._insist(step)
-        await self._insist(self._note_start)
+    async def _load_and_announce(self) -> None:
+        await self._insist(self._backend.prepare)
+        await self._insist(lambda: self._empty_handed(self._note_start))
         self._adopt(*await load_all(self._launcher, self._settings, self._settings.jobs))
-        await self._insist(self._publish)
-        await self._insist(self._register)
+        await self._insist(lambda: self._empty_handed(self._publish))
+        await self._insist(lambda: self._empty_handed(self._register))
+
+    async def _empty_handed(self, step: Callable[[], Awaitable[None]]) -> None:
+        """A step of an owner that holds nothing; another takes its place if it has been lost meanwhile."""
+        try:
+            await step()
+        except OwnerLost:
+            self.owner = self._new_owner()
+            raise
 
     async def _note_start(self) -> None:
         # Before the job files are loaded: a halt that comes meanwhile is meant for this worker, too.
-        self._started_at = self._started_at or await self._database.server_time()
+        self._started_at = self._started_at or await self._backend.server_time(self.owner)
+        await self._backend.enlist(self.owner)
         await self._read_controls()
 
     async def _publish(self) -> None:
-        entries = list(self._loaded.entries.values())
-        await self._catalogue.publish(entries)
-        await self._scheduler.publish(entries)
+        await self._backend.publish(self.owner, list(self._loaded.entries.values()))
 
     async def _register(self) -> None:
         """Announce this owner; comes before its first claim."""
         sent = time.monotonic()
-        await self._registry.register(
+        await self._backend.register(
             self.owner,
-            slots=self._slots,
-            namespaces=self._settings.namespaces,
-            jobs=sorted(self._loaded.entries),
-            version=__version__,
+            slots=self._slots.count,
+            namespaces=self._namespaces,
+            jobs=self._served(),
         )
         self._renewed = sent
-        await self._tell("start", version=__version__, namespaces=list(self._settings.namespaces))
-
-    async def _tell(self, what: str, **data: Any) -> None:
-        owner = self.owner
-        key = f"{owner.id}.{what}"
-        await self._events.tell(
-            f"worker.{what}", owner.worker, key=key, owner=owner.id, pid=owner.pid, **data
-        )
-
-    async def _count(self) -> None:
-        """Count the jobs by state now and then; one worker of all does it each time."""
-        every = self._settings.count_every
-        while True:
-            await asyncio.sleep(_jittered(every))
-            try:
-                now = await self._database.server_time()
-                if not await self._events.counted(now, every):
-                    await self._events.count(now, every, await self._queue.counts())
-            except _TROUBLE as error:
-                log.warning("worker.count_failed", extra={"error": str(error)[:200]})
 
     async def _insist(self, step: Callable[[], Awaitable[None]]) -> None:
         """Repeat a step until the database has done it."""
@@ -231,12 +227,12 @@ class Worker:
         while True:
             try:
                 return await step()
-            except _TROUBLE as error:
+            except TROUBLE as error:
                 log.warning("worker.database_trouble", extra={"error": str(error)[:200], "retry_in": pause})
             await asyncio.sleep(pause)
             pause = min(pause * 2, _LAST_PAUSE)
 
-    async def _drain(self, claiming: asyncio.Task[None], halt: asyncio.Event) -> None:
+    async def _drain(self, claiming: asyncio.Task[None], stop: asyncio.Event) -> None:
         """Claim nothing more; give running jobs their time, then take them down."""
         self._closing.set()
         self._work.set()
@@ -244,11 +240,13 @@ class Worker:
         await asyncio.wait({claiming}, timeout=LAST_WORDS)
         claiming.cancel()
         failed = self._failure is not None and self._failure.done()
+        if self._tasks and not failed and self._patient:
+            await _first(stop.wait(), self._halt.wait(), asyncio.wait(set(self._tasks)))
         if self._tasks and not failed:
             running = asyncio.wait(set(self._tasks))
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._settings.drain):
-                    await _first(halt.wait(), running)
+                    await _first(self._halt.wait(), running)
         for execution in self._executions.values():
             execution.stop(min(SHORT_GRACE, self._settings.grace))
         if self._tasks:
@@ -263,8 +261,7 @@ class Worker:
         try:
             async with asyncio.timeout(LAST_WORDS):
                 await self._hand_back(self.owner, "the worker stops")
-                await self._tell("stop")
-        except _TROUBLE as error:
+        except TROUBLE as error:
             # The others see that it is gone, only later.
             log.warning("worker.left_unsaid", extra={"error": str(error)[:200]})
         log.info("worker.ended")
@@ -273,7 +270,12 @@ class Worker:
 
     def _new_owner(self) -> Owner:
         name = f"{self._settings.worker_name}@{self._hostname}"
-        owner = Owner(uuid.uuid4().hex, name, self._hostname, os.getpid())
+        told = self._settings
+        kind = Kind(
+            told.worker_type, told.worker_nr, told.worker_timeout, told.worker_debug, told.worker_launch
+        )
+        owner = Owner(uuid.uuid4().hex, name, self._hostname, os.getpid(), kind)
+        self._owners.add(owner.id)
         self._identity.update(worker=name, owner=owner.id)
         return owner
 
@@ -283,14 +285,15 @@ class Worker:
             owner, sent = self.owner, time.monotonic()
             try:
                 async with asyncio.timeout(self._settings.heartbeat):
-                    alive = await self._registry.beat(
+                    alive = await self._backend.beat(
                         owner,
                         running=len(self._executions),
                         draining=self._closing.is_set(),
                         gate=self._gate.reason,
+                        paused=self._paused,
                     )
-            except _TROUBLE as error:
-                self._contact_since = None
+            except TROUBLE as error:
+                self._contact.lost()
                 log.warning("worker.beat_failed", extra={"error": str(error)[:200]})
                 await asyncio.sleep(min(self._settings.heartbeat, 1.0))
                 continue
@@ -300,12 +303,13 @@ class Worker:
                 self._note_contact(sent)
                 self._look.set()
                 self._control.set()
-            await asyncio.sleep(self._settings.heartbeat)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._rouse.wait(), self._settings.heartbeat)
+            self._rouse.clear()
 
     def _note_contact(self, sent: float) -> None:
         # A worker that was frozen has seen nothing in between, although nothing failed.
-        if self._contact_since is None or sent - self._renewed > self._settings.dead_after / 2:
-            self._contact_since = sent
+        self._contact.note(sent, gap=sent - self._renewed > self._settings.dead_after / 2)
         self._renewed = sent
 
     async def _guard(self) -> None:
@@ -334,19 +338,19 @@ class Worker:
             if self._tasks:
                 await asyncio.wait(set(self._tasks))
             self.owner = self._new_owner()
-            await self._insist(self._register)
+            await self._insist(lambda: self._empty_handed(self._register))
             if hand_back:
                 # Before anybody may call it a crash: the jobs are not to blame for a lost connection.
                 await self._insist(lambda: self._hand_back(owner, why))
-            self._contact_since = None
+            self._contact.lost()
 
     async def _hand_back(self, owner: Owner, reason: str) -> None:
         """Put back in line what this owner still holds, then let it go."""
-        for job in await self._queue.running(owner.id):
+        for job in await self._backend.running(owner):
             log.info("job.released", extra={"job_id": str(job.id), "reason": reason, "delay": 0.0})
             with contextlib.suppress(LeaseLost):  # somebody else was faster
-                await self._queue.release(job, reason=reason)
-        await self._registry.leave(owner)
+                await self._backend.release(job, reason=reason)
+        await self._backend.leave(owner)
 
     async def _reconcile(self) -> None:
         """Compare what the database says this worker holds with what it runs."""
@@ -356,12 +360,12 @@ class Worker:
             try:
                 async with self._holding:
                     await self._reconcile_once()
-            except _TROUBLE as error:
+            except TROUBLE as error:
                 log.warning("worker.reconcile_failed", extra={"error": str(error)[:200]})
                 await asyncio.sleep(_FIRST_PAUSE)
 
     async def _reconcile_once(self) -> None:
-        held = {job.id: job for job in await self._queue.running(self.owner.id)}
+        held = {job.id: job for job in await self._backend.running(self.owner)}
         for job_id, execution in self._executions.items():
             if job_id not in held or not held[job_id].held_by(execution.lease_id):
                 # Taken away; or its end has just been recorded, then there is nothing to give up.
@@ -380,35 +384,40 @@ class Worker:
             self._control.clear()
             try:
                 await self._read_controls()
-            except _TROUBLE as error:
+            except TROUBLE as error:
                 log.warning("worker.controls_unread", extra={"error": str(error)[:200]})
                 await asyncio.sleep(_FIRST_PAUSE)
                 self._control.set()
 
     async def _read_controls(self) -> None:
-        before, self._controls = self._controls, await self._control_store.read()
+        before, self._controls = self._controls, await self._backend.controls(self.owner)
         if self._started_at and self._controls.halts(self._started_at) and not self._halted.is_set():
             log.warning("worker.halted", extra={"halt": str(self._controls.halt)})
             self._halted.set()
+        if told := self._controls.stop_of(self._owners):
+            self._obey_stop(told)
         if before.pauses == self._controls.pauses:
             return
         log.info(
             "worker.controls", extra={"pauses": [f"{p.scope} {p.target}" for p in self._controls.pauses]}
         )
-        self._scheduler.wake()
-        if set(before.pauses) - set(self._controls.pauses):
-            # Whoever parked a job of a name that was resumed meanwhile puts it back, too.
-            await self._queue.unpark(self._controls)
+        if self._chores:
+            await self._chores.obey(resumed=bool(set(before.pauses) - set(self._controls.pauses)))
         self._work.set()
+
+    def _obey_stop(self, told: Stop) -> None:
+        if not self._halted.is_set():
+            log.warning("worker.stopped", extra={"stop": str(told)})
+        if told.hard:
+            self._halt.set()
+        self.retire()
 
     def _on_change(self, change: Change) -> None:
         if change.collection == CONTROL or change.kind == "resync":
             self._control.set()
-        if change.collection == CONTROL:
+        if change.collection in (CONTROL, SCHEDULE):
             return
-        if change.collection == SCHEDULE:
-            self._scheduler.hear(change)
-            return
+        self._watch.hear(change)
         fields = change.fields
         if change.kind == "resync" or fields.get("due") or fields.get("held") == "worker":
             self._work.set()
@@ -427,35 +436,39 @@ class Worker:
                 async with self._holding:
                     claimed = await self._claim_some()
                 pause = _FIRST_PAUSE
-            except _TROUBLE as error:
+            except TROUBLE as error:
                 log.warning("worker.claim_failed", extra={"error": str(error)[:200]})
                 await asyncio.sleep(pause)
                 pause = min(pause * 2, _LAST_PAUSE)
                 continue
             if not claimed:
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._work.wait(), _jittered(self._settings.poll))
+                    await asyncio.wait_for(self._work.wait(), jittered(self._settings.poll))
 
     async def _claim_some(self) -> int:
-        free = self._slots - len(self._executions)
-        if free <= 0 or not self._loaded.entries or self._closing.is_set():
+        free = self._slots.free
+        free = free if self._left is None else min(free, self._left)
+        if free <= 0 or not self._served() or self._closing.is_set():
             return 0
-        if self._controls.of_worker(self.owner.worker):
+        if self._paused or self._controls.of_worker(self.owner.worker):
             return 0
         # Some may not fill all slots: then one by one, so that none is claimed to be given back.
         tight = any(
             (entry["options"]["max_parallel"] or free) < free for entry in self._loaded.entries.values()
         )
-        claimed = await self._queue.claim(
-            self.owner,
-            namespaces=self._settings.namespaces,
-            limit=1 if tight else free,
-            full=self._full_names() | self._foreign,
-            forced=self._gate.reason is not None,
-            controls=self._controls,
-        )
-        for job in claimed:
-            self._take(job)
+        limit = 1 if tight else free
+        with self._slots.reserved(limit):
+            claimed = await self._backend.claim(
+                self.owner,
+                namespaces=self._namespaces,
+                limit=limit,
+                full=self._slots.full_names() | self._foreign,
+                forced=self._gate.reason is not None,
+                awaited=self._slots.lent >= self._settings.max_waiting,
+                controls=self._controls,
+            )
+            for job in claimed:
+                self._take(job)
         return len(claimed)
 
     async def _watch_machine(self) -> None:
@@ -483,19 +496,9 @@ class Worker:
             log.info("worker.gate_open")
             self._work.set()
 
-    def _full_names(self) -> set[str]:
-        """The names of which this worker runs as many as they allow."""
-        running = Counter(execution.job.name for execution in self._executions.values())
-        return {
-            execution.job.name
-            for execution in self._executions.values()
-            if execution.job.max_parallel is not None
-            and running[execution.job.name] >= execution.job.max_parallel
-        }
-
     def _take(self, job: Job) -> None:
         """Run a claimed job, or give it back."""
-        entry = self._loaded.entries.get(job.name)
+        entry = self._entry_of(job)
         reason = self._refusal(job, entry)
         if entry is None:
             self._foreign.add(job.name)
@@ -506,30 +509,62 @@ class Worker:
             task.add_done_callback(self._returning.discard)
             return
         self._refusals.pop(job.id, None)
+        if self._left is not None:
+            self._left -= 1
+            if not self._left:
+                self.retire()  # the last one
         execution = Execution(
             job,
             entry,
-            queue=self._queue,
-            logs=self._logs,
-            catalogue=self._catalogue,
+            backend=self._backend,
             launcher=self._launcher,
             hosts=self._hosts,
             settings=self._settings,
             hostname=self._hostname,
+            slots=self._slots,
+            watch=self._watch,
+            functions=self._functions,
+            local=self._local if self._is_local(entry) else None,
         )
+        self._slots.take(job)
         task = self._part(execution.run())
         self._executions[job.id] = execution
         self._tasks[task] = job.id
         task.add_done_callback(self._on_execution_done)
 
+    def _is_local(self, entry: Mapping[str, Any]) -> bool:
+        known = self._local is not None and entry["_id"] in self._local.entries
+        return known and entry["runs"] != "script"  # a file of its own is nobody's function
+
     def _on_execution_done(self, task: asyncio.Task[None]) -> None:
-        self._executions.pop(self._tasks.pop(task), None)
-        self._work.set()
+        execution = self._executions.pop(self._tasks.pop(task), None)
+        if execution is not None:
+            self._slots.leave(execution.job)
+
+    def _entry_of(self, job: Job) -> Mapping[str, Any] | None:
+        """What this worker knows of a job's code; None if it does not run it."""
+        if job.document.get("function") is not None:
+            return functions.ENTRY if self._functions.on else None
+        return self._loaded.entries.get(job.name)
+
+    def _served(self) -> list[str]:
+        """What this worker says it runs."""
+        return [*sorted(self._loaded.entries), *([SERVES] if self._functions.on else ())]
+
+    @property
+    def _namespaces(self) -> Sequence[str]:
+        """Where it looks for jobs: functions and an application's tasks have places of their own."""
+        # A worker for debug jobs has nothing else, be it functions or not.
+        more = [NAMESPACE] if self._functions.on and not self._settings.worker_debug else []
+        more += sorted(self._local.namespaces) if self._local is not None else []
+        return tuple(dict.fromkeys((*self._settings.namespaces, *more)))
 
     def _refusal(self, job: Job, entry: Mapping[str, Any] | None) -> str | None:
         """Why this worker does not run a job that it claimed."""
         if entry is None:
             return f"{self.owner.worker} does not know {job.name}"
+        if entry is functions.ENTRY:
+            return None  # its source is checked when it is prepared
         # Checked against the same one when it was enqueued; or its author's own, which are not checked.
         same = job.document.get("signature") == entry["signature"]
         errors = [] if same else signatures.check(entry["schema"], dict(job.args))
@@ -537,7 +572,7 @@ class Worker:
             first = f"{errors[0]['pointer']}: {errors[0]['message']}"
             return f"{self.owner.worker} has another signature of {job.name}: {first}"[:500]
         # Several of one name may come with one claim.
-        return "max_parallel" if job.name in self._full_names() else None
+        return "max_parallel" if job.name in self._slots.full_names() else None
 
     def _delay(self, job_id: ObjectId) -> float:
         """Seconds until a refused job is due again: longer each time, somebody else may take it."""
@@ -550,50 +585,12 @@ class Worker:
     async def _give_back(self, job: Job, reason: str, delay: float) -> None:
         log.info("job.released", extra={"job_id": str(job.id), "reason": reason, "delay": delay})
         try:
-            await self._queue.release(job, reason=reason, delay=delay)
+            await self._backend.release(job, reason=reason, delay=delay)
         except LeaseLost:
             return  # somebody else was faster
-        except _TROUBLE as error:
+        except TROUBLE as error:
             # The next reconcile finds it again.
             log.warning("job.release_failed", extra={"job_id": str(job.id), "error": str(error)[:200]})
-
-    # ------------------------------------------------------------------ upkeep
-
-    async def _upkeep(self) -> None:
-        """What any worker may do for all: wake what is due, end what has expired, rescue, sweep."""
-        rescued_at = swept_at = time.monotonic()
-        while True:
-            await asyncio.sleep(_jittered(self._settings.poll))
-            now = time.monotonic()
-            try:
-                if await self._queue.promote() + await self._queue.wake_rated():
-                    self._work.set()
-                await self._queue.expire()
-                if now - rescued_at >= self._settings.rescue_every:
-                    rescued_at = now
-                    await self._rescue()
-                    await self._queue.wake_held()
-                if now - swept_at >= SWEEP_EVERY:
-                    swept_at = now
-                    await self._queue.sweep()
-                    await self._queue.unpark(self._controls)
-            except _TROUBLE as error:
-                self._contact_since = None
-                log.warning("worker.upkeep_failed", extra={"error": str(error)[:200]})
-                await asyncio.sleep(_jittered(1.0))
-
-    async def _rescue(self) -> None:
-        since = self._contact_since
-        # Whoever was cut off itself cannot say who else is dead: an outage of the database kills nobody.
-        if since is None or time.monotonic() - since < self._settings.dead_after:
-            return
-        for owner in await self._registry.bury(self._settings.dead_after):
-            log.warning("worker.declared_dead", extra={"dead": owner})
-            await self._events.tell("worker.dead", self.owner.worker, key=f"{owner}.dead", owner=owner)
-        rescued = await self._queue.rescue(self._registry.alive_ids)
-        if rescued:
-            log.warning("worker.rescued", extra={"jobs": rescued})
-            self._work.set()
 
     # ------------------------------------------------------------------ launcher and job files
 
@@ -602,7 +599,8 @@ class Worker:
         if launcher is not self._launcher:
             self._launcher.close()
             self._hosts.retire()
-        self._launcher, self._loaded = launcher, loaded
+        self._launcher, self._loaded = launcher, self._with_local(loaded)
+        loaded = self._loaded
         self._foreign.clear()
         self._launchable.set()
         for problem in loaded.problems:
@@ -611,8 +609,27 @@ class Worker:
             log.error("jobs.broken", extra={"target": problem.target, "error": problem.error}, exc_info=shown)
         for entry in loaded.entries.values():
             log.info("jobs.loaded", extra={"job": entry["_id"], "fresh": entry["fresh"]})
-        if not loaded.entries:
+        if not loaded.entries and self._local is None:
             log.warning("jobs.none", extra={"targets": list(self._settings.jobs)})
+
+    def _with_local(self, loaded: Loaded) -> Loaded:
+        if self._local is None:
+            return loaded
+        return replace(loaded, entries={**loaded.entries, **self._local.entries})
+
+    async def _take_local(self, local: Local) -> None:
+        """Publish tasks that the application adds while this worker runs."""
+        while True:
+            await local.added.wait()
+            local.added.clear()
+            self._loaded = self._with_local(self._loaded)
+            self._foreign.clear()
+            await self._serve_anew()
+
+    async def _serve_anew(self) -> None:
+        await self._insist(self._publish)
+        await self._insist(lambda: self._backend.serve(self.owner, self._served(), self._namespaces))
+        self._work.set()
 
     async def _keep_launcher(self) -> None:
         """Start another launcher when this one ends; running jobs do not notice."""
@@ -635,9 +652,7 @@ class Worker:
         except (LauncherDied, OSError) as error:
             log.error("launcher.failed", extra={"error": str(error)})
             return
-        await self._insist(self._publish)
-        await self._insist(lambda: self._registry.serve(self.owner, sorted(self._loaded.entries)))
-        self._work.set()
+        await self._serve_anew()
 
     async def _reload(self) -> None:
         """Load the job files again when one of them changes."""
@@ -672,8 +687,3 @@ async def _first(*waits: Awaitable[Any]) -> None:
     finally:
         for task in ours:
             task.cancel()
-
-
-def _jittered(seconds: float) -> float:
-    # Workers that were started together do not ask together.
-    return seconds * random.uniform(0.75, 1.25)

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import signal
 import socket
 import sys
+from dataclasses import replace
 
 from pymongo.errors import PyMongoError
 
 from core4.brokers import require
-from core4.config import Settings
+from core4.config import DEBUG, Settings
 from core4.database import Database
-from core4.errors import ConfigError
+from core4.errors import ConfigError, Unavailable
 from core4.service import hide_memory, stop_on_signals
+from core4.worker import functions
 from core4.worker.daemon import Worker
+from core4.worker.direct import Direct
 from core4.worker.handle import Launcher
+from core4.worker.remote import Refused, Remote
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +37,9 @@ def run(settings: Settings) -> int:
         raise ConfigError(f"a worker needs Linux (subreapers, parent death signals); this is {sys.platform}")
     if settings.broker_url:
         require(settings.broker_url)
+    functions.require(settings)
+    if settings.worker_debug:
+        settings = replace(settings, namespaces=(DEBUG,))
     # First of all: it must be forked from a process without threads and connections.
     launcher = Launcher.spawn(settings)
     # Jobs run as the same user: they must not read the database's password out of this process.
@@ -45,17 +53,49 @@ def run(settings: Settings) -> int:
 async def _serve(settings: Settings, launcher: Launcher) -> int:
     halt = asyncio.Event()
     stop = stop_on_signals(halt.set)
-    database = await _connect(settings, stop)
-    if database is None:
-        return 0
     try:
-        await Worker(database, settings, launcher).run(stop, halt)
+        if settings.manager is not None:
+            await _serve_remote(settings, launcher, stop, halt)
+        else:
+            await _serve_direct(settings, launcher, stop, halt)
+    except Refused as refused:
+        log.critical("worker.refused", extra={"error": refused.detail})
+        return 1
     except Exception:
         log.critical("worker.ended_by_error", exc_info=True)
         return 1
+    return 0
+
+
+async def _serve_direct(
+    settings: Settings, launcher: Launcher, stop: asyncio.Event, halt: asyncio.Event
+) -> None:
+    database = await _connect(settings, stop)
+    if database is None:
+        return
+    try:
+        await _run(Worker(Direct(database, settings), settings, launcher), stop, halt)
     finally:
         await database.close()
-    return 0
+
+
+async def _serve_remote(
+    settings: Settings, launcher: Launcher, stop: asyncio.Event, halt: asyncio.Event
+) -> None:
+    async with Remote(settings) as remote:
+        while not stop.is_set():
+            try:
+                settings = await remote.terms(settings)
+                break
+            except Unavailable as error:
+                log.warning("manager.unreachable", extra={"error": error.detail})
+                await asyncio.sleep(CONNECT_EVERY)
+        await _run(Worker(remote, settings, launcher), stop, halt)
+
+
+async def _run(worker: Worker, stop: asyncio.Event, halt: asyncio.Event) -> None:
+    asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, worker.retire)
+    await worker.run(stop, halt)
 
 
 async def _connect(settings: Settings, stop: asyncio.Event) -> Database | None:

@@ -5,31 +5,37 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import os
+import secrets
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, TypeVar
 
-from pymongo.errors import PyMongoError
-
 from core4 import identifiers
-from core4.catalogue import Catalogue
+from core4.attendance import TROUBLE
 from core4.config import Settings
-from core4.errors import LeaseLost, Unavailable
+from core4.errors import LeaseLost, SourceRefused
 from core4.jobs import Job, utcnow
-from core4.logs import LEVELS, LogStore
+from core4.logs import LEVELS
 from core4.options import OPTIONS
-from core4.queues import JobQueue
 from core4.retries import Outcome, decide
 from core4.states import Flag, State
+from core4.transitions import shortened
 from core4.worker import protocol
+from core4.worker.backend import Backend
+from core4.worker.calls import Calls
 from core4.worker.children import Children
+from core4.worker.functions import Functions, Prepared
 from core4.worker.handle import Exit, JobProcess, Launcher, LauncherDied
 from core4.worker.host import MOST_EVICTIONS, Evicted, Hosts, InlineJob
 from core4.worker.limits import Limits
+from core4.worker.local import Local, LoopJob
 from core4.worker.output import JobLog, Splitter
 from core4.worker.protocol import Message, ProtocolError
+from core4.worker.slots import Slots
+from core4.worker.watch import Watch
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +52,7 @@ _FLAGGED: Mapping[Flag, str] = {  # core4's words
 
 T = TypeVar("T")
 Why = Literal["kill", "limit", "drain", "lost"]
-Running = JobProcess | InlineJob
+Running = JobProcess | InlineJob | LoopJob
 
 
 class Execution:
@@ -57,24 +63,31 @@ class Execution:
         job: Job,
         entry: Mapping[str, Any],
         *,
-        queue: JobQueue,
-        logs: LogStore,
-        catalogue: Catalogue,
+        backend: Backend,
         launcher: Launcher,
         hosts: Hosts,
         settings: Settings,
         hostname: str,
+        slots: Slots,
+        watch: Watch,
+        functions: Functions,
+        local: Local | None = None,
     ) -> None:
         assert job.lease is not None
         self.job, self.lease_id = job, job.lease.id
         self.keeper: int | None = None  # the process below which all of the job's are, while there are any
+        self._local = local
         self._entry, self._launcher, self._hosts = entry, launcher, hosts
-        self._queue, self._logs, self._settings, self._hostname = queue, logs, settings, hostname
-        self._children = Children(job, queue, catalogue, args_cap=settings.args_cap, hostname=hostname)
+        self._backend, self._settings, self._hostname = backend, settings, hostname
+        self._functions = functions
+        self._prepared: Prepared | None = None  # of a shipped function
+        self._children = Children(job, backend, hostname=hostname)
+        self._calls = Calls(job, self._children, backend, watch, slots)
         self._ended: Message | None = None  # the frame with the job's own end
         self._broken: str | None = None  # what was wrong with a frame
+        self._token: str | None = None  # what each frame of the file of a task carries
         self._why: Why | None = None
-        self._limits = Limits(job, self._exceed)
+        self._limits = Limits(job, self._exceed, settings.worker_timeout, lambda: self._calls.waiting)
         self._exceeded: Outcome | None = None
         self._evicted: Evicted | None = None
         self._splitters = {"stdout": Splitter(), "stderr": Splitter()}
@@ -135,6 +148,22 @@ class Execution:
         }
 
     async def _run(self) -> None:
+        if self.job.document.get("function") is None:
+            await self._run_in_process()
+            return
+        try:
+            self._prepared = await self._persist(lambda: self._functions.prepare(self.job))
+        except SourceRefused as refused:
+            log.warning("function.refused", extra={"reason": refused.detail})
+            self.job = await self._persist(lambda: self._backend.start(self.job, pid=os.getpid()))
+            await self._record(Outcome.failed(f"refused: {refused.detail}", []), 0)
+            return
+        try:
+            await self._run_in_process()
+        finally:
+            await asyncio.to_thread(self._prepared.close)
+
+    async def _run_in_process(self) -> None:
         try:
             process = await self._begin()
         except (LauncherDied, OSError) as error:
@@ -145,7 +174,7 @@ class Execution:
                 await self._release("the worker stops")
                 return
             # The process waits: it has its order only when the start is recorded.
-            self.job = await self._persist(lambda: self._queue.start(self.job, pid=process.pid))
+            self.job = await self._persist(lambda: self._backend.start(self.job, pid=process.pid))
             if self.job.killed_at is not None:
                 self.kill()  # flagged between claim and start, when nobody listened yet
             await self._attend(process)
@@ -157,9 +186,16 @@ class Execution:
 
         Raises: LauncherDied, OSError.
         """
+        if self._prepared is not None:
+            return await self._functions.start()
+        if self._local is not None and not self._is_script():
+            return await self._local.start(self._entry)
         if self._is_inline():
             return await self._hosts.start(self._launcher, str(self.job.id))
-        return await self._launcher.start(fresh=self._entry["fresh"])
+        return await self._launcher.start(fresh=self._entry["fresh"] or self._is_script())
+
+    def _is_script(self) -> bool:
+        return bool(self._entry["runs"] == "script")
 
     def _is_inline(self) -> bool:
         if self._entry["runs"] != "inline" or self._entry["fresh"]:
@@ -171,7 +207,7 @@ class Execution:
         started = time.monotonic()
         self.keeper = process.keeper
         self._limits.begin()
-        joblog = JobLog(self._logs, self.job, self._hostname, self._settings)
+        joblog = JobLog(self._backend, self.job, self._hostname, self._settings)
         writer = asyncio.create_task(joblog.run())
         joblog.write("INFO", "start execution")
         log.info("job.started", extra={"pid": process.pid})
@@ -207,6 +243,7 @@ class Execution:
                 self._end_output(joblog)
             return how
         finally:
+            await self._calls.close(lost=self._lost.is_set())
             for task in (*readers, *helpers):
                 task.cancel()
             for result in await asyncio.gather(*readers, *helpers, return_exceptions=True):
@@ -215,7 +252,11 @@ class Execution:
 
     def _order(self) -> Message:
         job = self.job
+        # A program that the file of a task starts is not to speak for the job.
+        self._token = secrets.token_hex(16) if self._is_script() else None
+        script = {"script": self._entry["script"], "token": self._token} if self._token else {}
         return {
+            **script,
             "job": {
                 "id": str(job.id),
                 "name": job.name,
@@ -226,6 +267,7 @@ class Execution:
             "entry": {name: self._entry[name] for name in ("target", "module", "qualname")},
             "result_limit": self._settings.result_cap,
             "log_limit": self._settings.log_cap,
+            **(self._prepared.order if self._prepared else {}),
         }
 
     # ------------------------------------------------------------------ while it runs
@@ -234,8 +276,10 @@ class Execution:
         limit = self._settings.result_cap + _FRAME_MARGIN
         try:
             while (message := await protocol.read(process.channel, limit)) is not None:
-                if "enqueue" in message:
-                    await process.send(await self._enqueue(message))
+                if self._token is not None and message.pop("token", None) != self._token:
+                    raise ProtocolError("a frame came without the token of the job")
+                if {"enqueue", "call", "drop"} & message.keys():
+                    await self._take_question(process, message)
                 else:
                     self._take(message, joblog)
                 await joblog.room()
@@ -245,15 +289,32 @@ class Execution:
         except LeaseLost:
             self.abandon()
 
-    async def _enqueue(self, message: Message) -> Message:
-        """Enqueue what the job asks for; it waits for the answer.
+    async def _take_question(self, process: Running, message: Message) -> None:
+        """What the job asks for: the id of a new job at once, the result of one when it has ended.
 
         Raises: ProtocolError; LeaseLost.
         """
         try:
-            return await self._children.enqueue(message["enqueue"], self._persist)
+            if "drop" in message:
+                self._calls.drop(int(message["drop"]))
+                return
+            number = int(message["number"])
+            if self._prepared is not None:
+                # What jobs ask for is held against nobody's rights: that is for the operator's own code.
+                refused = {"reason": "no_queue", "detail": "a shipped function enqueues no jobs"}
+                await self._answer(process, {"answer": number, "refused": refused})
+                return
+            if "call" in message:
+                self._calls.begin(number, message["call"], self._persist, partial(self._answer, process))
+                return
+            answer = await self._children.enqueue(message["enqueue"], self._persist)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ProtocolError(f"a frame of the job makes no sense: {error!r:.200}") from None
+        await process.send({"answer": number, **answer})
+
+    async def _answer(self, process: Running, message: Message) -> None:
+        self._limits.heard()
+        await process.send(message)
 
     def _take(self, message: Message, joblog: JobLog) -> None:
         """One frame of the job, which may be anything.
@@ -275,7 +336,7 @@ class Execution:
             elif self._ended is None:
                 self._ended = _checked_end(message)
                 self._reported.set()
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
             raise ProtocolError(f"a frame of the job makes no sense: {error!r:.200}") from None
 
     async def _read_output(self, source: asyncio.StreamReader, name: str, joblog: JobLog) -> None:
@@ -315,12 +376,12 @@ class Execution:
             self._progressed.clear()
             assert self._progress is not None
             try:
-                await self._queue.progress(self.job, *self._progress)
+                await self._backend.progress(self.job, *self._progress)
                 pause = PROGRESS_EVERY
             except LeaseLost:
                 self.abandon()
                 return
-            except PyMongoError as error:
+            except TROUBLE as error:
                 log.warning("job.progress_delayed", extra={"error": str(error)[:200]})
                 pause = min(pause * 2, _LAST_PAUSE)
                 self._progressed.set()
@@ -331,7 +392,7 @@ class Execution:
         if self.job.document.get(f"{what}_at") is not None:
             return
         try:
-            self.job = await self._persist(lambda: self._queue.flag(self.job, what, reason=reason))
+            self.job = await self._persist(lambda: self._backend.flag(self.job, what, reason=reason))
         except LeaseLost:
             self.abandon()
             return
@@ -383,7 +444,7 @@ class Execution:
         if outcome is None:
             await self._release(self._why_released(), evicted=self._evictions())
         else:
-            await self._persist(lambda: self._queue.finish(self.job, outcome, log_seq=log_seq))
+            await self._persist(lambda: self._backend.finish(self.job, outcome, log_seq=log_seq))
 
     def _why_released(self) -> str:
         return self._evicted.reason if self._evicted else "the worker stops"
@@ -396,7 +457,7 @@ class Execution:
 
     async def _release(self, reason: str, *, delay: float = 0.0, evicted: int = 0) -> None:
         await self._persist(
-            lambda: self._queue.release(self.job, reason=reason, delay=delay, evicted=evicted)
+            lambda: self._backend.release(self.job, reason=reason, delay=delay, evicted=evicted)
         )
 
     async def _persist(self, write: Callable[[], Awaitable[T]]) -> T:
@@ -408,7 +469,7 @@ class Execution:
         while not self._lost.is_set():
             try:
                 return await write()
-            except (PyMongoError, Unavailable) as error:
+            except TROUBLE as error:
                 log.warning("job.write_delayed", extra={"error": str(error)[:200]})
             await _either(self._lost, pause)
             pause = min(pause * 2, _LAST_PAUSE)
@@ -439,7 +500,9 @@ def _checked_end(message: Message) -> Message:
         return {"complete": {"result": message["complete"]["result"]}}
     kind = "deferred" if "deferred" in message else "failed"
     end = message[kind]
-    return {kind: {"message": str(end["message"]), "traceback": [str(line) for line in end["traceback"]]}}
+    # Of both no more than what is stored: the worker writes them to the log, too.
+    message_text = str(end["message"])[: protocol.TEXT_LIMIT]
+    return {kind: {"message": message_text, "traceback": shortened(end["traceback"])}}
 
 
 async def _either(event: asyncio.Event, seconds: float) -> bool:

@@ -23,7 +23,8 @@ from core4.worker.protocol import Message
 log = logging.getLogger(__name__)
 
 START_TIMEOUT = 30.0  # seconds until a keeper has said which process it keeps
-_HANDED_ON = ("data_roots", "dummy_sleep_max")  # settings that jobs may see; all others are the worker's own
+# Settings that jobs may see; all others are the worker's own.
+_HANDED_ON = ("data_roots", "dummy_sleep_max", "worker_task_dir")
 _PIPE_LIMIT = 64 * 1024
 _LOAD_DEATHS = 2  # launchers that may end during one load; each names one more target that must be fresh
 
@@ -215,7 +216,7 @@ class Launcher:
 
         Raises: LauncherDied; OSError if this process has no files left.
         """
-        files = _Files.make()
+        files = Files.make()
         try:
             await self._send({"op": "start", "fresh": fresh, "inline": inline}, files.theirs)
         except BaseException:
@@ -223,31 +224,11 @@ class Launcher:
             raise
         finally:
             files.close_theirs()
-        return await self._attended(files)
-
-    async def _attended(self, files: _Files) -> JobProcess:
-        channel_streams = await asyncio.open_connection(sock=files.channel)
-        control_streams = await asyncio.open_connection(sock=files.control)
-        out_stream, out_transport = await _reading(files.out)
-        err_stream, err_transport = await _reading(files.err)
-        job = JobProcess(
-            -1, channel_streams, control_streams, out_stream, err_stream, (out_transport, err_transport)
-        )
         try:
-            async with asyncio.timeout(START_TIMEOUT):
-                first = await protocol.read(control_streams[0])
+            return await attended(files)
         except TimeoutError:
-            job.close()
             self._process.kill()  # a job may have stopped it; those that run go on
             raise LauncherDied("the launcher does not answer") from None
-        except BaseException:
-            job.close()
-            raise
-        if first is None or "pid" not in first:
-            job.close()
-            raise LauncherDied((first or {}).get("error", "the launcher ended before it started the job"))
-        job.pid, job.keeper = first["pid"], first["keeper"]
-        return job
 
     def close(self) -> None:
         """End the launcher; jobs that run go on."""
@@ -336,7 +317,7 @@ def scrubbed(environ: Mapping[str, str], settings: Settings) -> dict[str, str]:
 
 
 @dataclass
-class _Files:
+class Files:
     """The files between the worker and one job; pipes for its output: it may open /dev/stdout anew."""
 
     channel: socket.socket
@@ -346,7 +327,7 @@ class _Files:
     theirs: list[int]
 
     @classmethod
-    def make(cls) -> _Files:
+    def make(cls) -> Files:
         with contextlib.ExitStack() as undo:
             sockets = [end for _ in range(2) for end in socket.socketpair()]
             for end in sockets:
@@ -390,3 +371,28 @@ def _target(report: Message) -> Target:
         files=report["files"],
         why=report.get("why"),
     )
+
+
+async def attended(files: Files) -> JobProcess:
+    """The job process at the other end of these files, as soon as its keeper says which it is.
+
+    Raises: LauncherDied if it ended before; TimeoutError.
+    """
+    channel_streams = await asyncio.open_connection(sock=files.channel)
+    control_streams = await asyncio.open_connection(sock=files.control)
+    out_stream, out_transport = await _reading(files.out)
+    err_stream, err_transport = await _reading(files.err)
+    job = JobProcess(
+        -1, channel_streams, control_streams, out_stream, err_stream, (out_transport, err_transport)
+    )
+    try:
+        async with asyncio.timeout(START_TIMEOUT):
+            first = await protocol.read(control_streams[0])
+    except BaseException:
+        job.close()
+        raise
+    if first is None or "pid" not in first:
+        job.close()
+        raise LauncherDied((first or {}).get("error", "the launcher ended before it started the job"))
+    job.pid, job.keeper = first["pid"], first["keeper"]
+    return job

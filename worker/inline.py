@@ -7,7 +7,7 @@ channel (see `core4.worker.process`), and ``{"output": {"source", "text"}}`` for
 On file descriptor 3 the worker sends ``{"page": true}`` with the file of the shared page, then
 ``{"start": number}`` with the socket of a job, again and again; the host answers ``{"ready": true}`` once
 and ``{"ended": number}`` when nothing of a job is left. On its socket a job gets its order, the answers to
-its enqueues, and ``{"cancel": true}``.
+its questions, and ``{"cancel": true}``.
 
 The host judges nobody. It writes on the shared page whose step is being taken, the worker reads it.
 """
@@ -25,15 +25,17 @@ import socket
 import sys
 import threading
 from collections import deque
-from collections.abc import Coroutine
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Coroutine, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar, copy_context
+from dataclasses import replace
 from typing import Any, TextIO
 
 from core4 import discovery
 from core4.attempts import perform_async
 from core4.context import Ended
 from core4.errors import UsageError
+from core4.questions import Questions
 from core4.worker import process, protocol
 from core4.worker.keeper import CHANNEL
 from core4.worker.page import Page
@@ -67,6 +69,24 @@ def run() -> None:
         runner.run(_Host(link, received).serve())
 
 
+def overhear() -> Callable[[], None]:
+    """In an application's process: what is printed and logged in a job's code goes to its log.
+
+    Returns what ends that.
+    """
+    before, handler = (sys.stdout, sys.stderr), _Overhear()
+    ours = _Stream("stdout", sys.stdout), _Stream("stderr", sys.stderr)
+    sys.stdout, sys.stderr = ours
+    logging.getLogger().addHandler(handler)
+
+    def end() -> None:
+        logging.getLogger().removeHandler(handler)
+        if (sys.stdout, sys.stderr) == ours:  # else somebody has put theirs above
+            sys.stdout, sys.stderr = before
+
+    return end
+
+
 def _leave_job() -> None:
     _JOB.set(None)
 
@@ -93,8 +113,8 @@ class Job:
         self._host = os.getpid()
         self._left = log_limit  # characters; the worker counts more, and so cuts before this does
         self._lines = {"stdout": "", "stderr": ""}  # the last ones, not ended yet
-        self._printing, self._asking = threading.Lock(), threading.Lock()
-        self._answer: Future[Message | None] | None = None
+        self._printing = threading.Lock()
+        self.questions = Questions(self.send)
         self._ended = False
 
     def send(self, message: Message) -> None:
@@ -112,32 +132,16 @@ class Job:
         if not self._ended and not forked and not self._writer.is_closing():
             self._writer.write(data)
 
-    def ask(self, message: Message) -> Message | None:
-        """Send a frame and wait for its answer, None if there will be none; not on the loop itself.
+    def enqueue(self, name: str, args: Mapping[str, Any]) -> str:
+        """Enqueue a job and wait for its id; not on the loop itself.
 
-        Raises: UsageError on the loop.
+        Raises: UsageError on the loop; EnqueueRefused.
         """
         if threading.get_ident() == self._thread:
             raise UsageError(
                 "this would stop the loop for all jobs on it: use `await self.enqueue_async(...)`"
             )
-        with self._asking:
-            answer: Future[Message | None] = Future()
-            data = protocol.encode(message)  # what it raises is for who asks
-            self._answer = answer
-            self._loop.call_soon_threadsafe(self._ask, data, answer)
-            return answer.result()
-
-    def _ask(self, data: bytes, answer: Future[Message | None]) -> None:
-        if self._ended:
-            answer.set_result(None)
-        else:
-            self._write(data)
-
-    def answer(self, message: Message | None) -> None:
-        """What the worker answers to the last `ask`."""
-        if self._answer is not None and not self._answer.done():
-            self._answer.set_result(message)
+        return self.questions.enqueue(name, args).result()
 
     def _log(self, message: Message) -> None:
         """Send a record of the job, within its limit."""
@@ -177,7 +181,7 @@ class Job:
     async def close(self) -> None:
         """Send what is left and hang up."""
         self._ended = True
-        self.answer(None)
+        self.questions.close()
         self._writer.close()
         try:
             await self._writer.wait_closed()
@@ -214,39 +218,53 @@ class _Host:
         self._link.sendall(protocol.encode(message))
 
     async def _attend(self, number: int, sock: socket.socket) -> None:
-        """One job from its order to its end."""
-        reader, writer = await asyncio.open_connection(sock=sock)
-        order = await protocol.read(reader)
-        job = Job(number, writer, order["log_limit"] if order else 0)
-        if order is not None:
-            main = _begin(job, order)
-            listener = asyncio.create_task(_listen(reader, job, main))
-            await asyncio.wait({main})
-            ended = _ended(main)
-            if ended.kind == "failed":
-                job.records.tell_held()
-            job.flush()
-            job.send(process.report_of(ended))
-            await _end_rest(job)
-            job.flush()
-            listener.cancel()
-        await job.close()
+        await attend(number, sock)
         self._say({"ended": number})
 
 
-def _begin(job: Job, order: Message) -> asyncio.Task[Ended]:
+async def attend(number: int, sock: socket.socket, locate: process.Locate = discovery.locate) -> None:
+    """One job on this loop, from its order, which comes over `sock`, to its end."""
+    reader, writer = await asyncio.open_connection(sock=sock)
+    try:
+        await _attend(number, reader, writer, locate)
+    finally:
+        writer.close()  # an application that ends may cancel this
+
+
+async def _attend(
+    number: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, locate: process.Locate
+) -> None:
+    order = await protocol.read(reader)
+    job = Job(number, writer, order["log_limit"] if order else 0)
+    if order is not None:
+        main = _begin(job, order, locate)
+        listener = asyncio.create_task(_listen(reader, job, main))
+        await asyncio.wait({main})
+        ended = _ended(main)
+        if ended.kind == "failed":
+            job.records.tell_held()
+        job.flush()
+        job.send(process.report_of(ended))
+        await _end_rest(job)
+        job.flush()
+        listener.cancel()
+    await job.close()
+
+
+def _begin(job: Job, order: Message, locate: process.Locate) -> asyncio.Task[Ended]:
     context = copy_context()
     context.run(_JOB.set, job)
-    return asyncio.create_task(_attempt(job, order), context=context)
+    return asyncio.create_task(_attempt(job, order, locate), context=context)
 
 
-async def _attempt(job: Job, order: Message) -> Ended:
+async def _attempt(job: Job, order: Message, locate: process.Locate) -> Ended:
     try:
-        found = discovery.locate(order["entry"])
+        found = locate(order["entry"])
     except Exception as error:
         return Ended.failed(error, discovery.users_frames(error.__traceback__))
     job.records.own = process.hear_all_of(order["job"]["name"], found)
-    context = process.context_of(order, job.send, job.ask)
+    context = process.context_of(order, job.send, lambda: job.questions)
+    context = replace(context, enqueue=job.enqueue)
     return await perform_async(found, context, result_limit=order["result_limit"])
 
 
@@ -260,8 +278,8 @@ def _ended(main: asyncio.Task[Ended]) -> Ended:
 async def _listen(reader: asyncio.StreamReader, job: Job, main: asyncio.Task[Ended]) -> None:
     """What the worker says while the job runs; that it hangs up means cancel, too."""
     while (message := await protocol.read(reader)) is not None and "cancel" not in message:
-        job.answer(message)
-    job.answer(None)
+        job.questions.take(message)
+    job.questions.close()
     main.cancel()
 
 
@@ -364,6 +382,27 @@ class _Handler(logging.Handler):
                 print(f"{record.levelname} {record.getMessage()}", file=sys.__stderr__)
         except Exception:
             self.handleError(record)
+
+
+class _Overhear(_Handler):
+    """The same beside an application's own handlers: what belongs to no job is theirs alone.
+
+    If there are none, warnings go to standard error, as they would without this one.
+    """
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if _JOB.get() is not None:
+            super().emit(record)
+        elif (last := logging.lastResort) and record.levelno >= last.level and self._is_alone(record.name):
+            last.handle(record)
+
+    def _is_alone(self, name: str) -> bool:
+        logger: logging.Logger | None = logging.getLogger(name)
+        while logger is not None:
+            if any(each is not self for each in logger.handlers):
+                return False
+            logger = logger.parent  # all of them propagate, or the record had not come here
+        return True
 
 
 class _Stream(io.TextIOBase):

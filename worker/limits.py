@@ -27,11 +27,14 @@ class End(Protocol):
 class Limits:
     """Watches one attempt from `begin` on and ends it with `end` when it exceeds what its job allows.
 
-    `parts` are to be run while the job process lives.
+    `parts` are to be run while the job process lives. `longest` is what the worker allows any
+    job, in seconds. Whoever `waits` for another job is not silent.
     """
 
-    def __init__(self, job: Job, end: End) -> None:
-        self._job, self._end = job, end
+    def __init__(
+        self, job: Job, end: End, longest: float | None = None, waits: Callable[[], bool] = lambda: False
+    ) -> None:
+        self._job, self._end, self._longest, self._waits = job, end, longest, waits
         self._began = self._heard = 0.0
 
     def begin(self) -> None:
@@ -39,7 +42,7 @@ class Limits:
         self._began = self._heard = time.monotonic()
 
     def heard(self) -> None:
-        """The job has reported progress."""
+        """The job has reported progress, or goes on after it has waited."""
         self._heard = time.monotonic()
 
     def parts(self, pid: int, mark: Mark) -> list[Coroutine[Any, Any, None]]:
@@ -48,14 +51,16 @@ class Limits:
         if self._job.wall_time is not None:
             found.append(self._watch_wall(self._job.wall_time, mark))
         if self._job.timeout is not None:
-            found.append(self._time_out(self._job.timeout))
+            found.append(self._time_out(self._job.timeout, ""))
+        if self._longest is not None:
+            found.append(self._time_out(self._longest, ", the limit of its worker"))
         if self._job.memory_limit is not None:
             found.append(self._watch_memory(self._job.memory_limit, pid))
         return found
 
-    async def _time_out(self, seconds: float) -> None:
+    async def _time_out(self, seconds: float, whose: str) -> None:
         await asyncio.sleep(self._began + seconds - time.monotonic())
-        self._end(Outcome.timed_out(f"timeout: it ran for more than {seconds:g} seconds"))
+        self._end(Outcome.timed_out(f"timeout: it ran for more than {seconds:g} seconds{whose}"))
 
     async def _watch_wall(self, seconds: float, mark: Mark) -> None:
         await asyncio.sleep(self._began + seconds - time.monotonic())
@@ -67,6 +72,8 @@ class Limits:
     async def _watch_silence(self, seconds: float, mark: Mark) -> None:
         while (left := self._heard + seconds - time.monotonic()) > 0:
             await asyncio.sleep(left)
+            if self._waits():
+                self.heard()
         reason = f"zombie_time: no progress for more than {seconds:g} seconds"
         await mark("zombie", reason)
         if self._job.zombie_action == "kill":

@@ -7,15 +7,14 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import Mapping
-from typing import Any
-
-from pymongo.errors import PyMongoError
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 from core4 import jobs
+from core4.attendance import TROUBLE
 from core4.config import Settings
 from core4.jobs import Job
-from core4.logs import Line, LogStore
+from core4.logs import Line
 from core4.worker.protocol import TEXT_LIMIT
 
 log = logging.getLogger(__name__)
@@ -75,10 +74,17 @@ def readable(data: bytes | bytearray) -> str:
     return data.decode("utf-8", "backslashreplace").replace("\0", "\\x00")
 
 
+class Lines(Protocol):
+    """Where lines are stored."""
+
+    async def append(self, job: Job, hostname: str, lines: Sequence[Line]) -> None:
+        """Store some; repeating it stores nothing twice."""
+
+
 class JobLog:
     """The log of one attempt. `write` numbers and keeps lines, `run` stores them, `close` ends both."""
 
-    def __init__(self, store: LogStore, job: Job, hostname: str, settings: Settings) -> None:
+    def __init__(self, store: Lines, job: Job, hostname: str, settings: Settings) -> None:
         self._store, self._job, self._hostname = store, job, hostname
         self._flush_every, self._left = settings.log_flush, settings.log_cap
         self._cap = settings.log_cap
@@ -182,7 +188,7 @@ class JobLog:
         while True:
             try:
                 await self._store.append(self._job, self._hostname, batch)
-            except PyMongoError as error:
+            except TROUBLE as error:
                 log.warning("job.log_delayed", extra={"job_id": str(self._job.id), "error": str(error)[:200]})
                 await asyncio.sleep(pause)
                 pause = min(pause * 2, _LAST_PAUSE)

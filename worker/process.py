@@ -4,9 +4,13 @@ Forked by the keeper with the job's module already imported, or, for modules tha
 a fresh interpreter (``python -m core4.worker.process``). It has no credentials and no database: everything
 it has to say goes through file descriptor 3 as frames.
 
-in:   {"job": {id, name, args, attempt, options}, "entry": {target, module, qualname}, "result_limit": bytes}
-      and for each enqueue {"enqueued": id} or {"refused": {reason, detail}}
-out:  {"log": {...}}, {"progress": {...}} and {"enqueue": {name, args}} any number of times, then one of
+in:   {"job": {id, name, args, attempt, options}, "entry": {target, module, qualname}, "result_limit": bytes},
+      for the file of a task with {"script": path, "token": text}: all that it says carries that token;
+      with "function" its source, which is run behind closed doors, see core4.worker.shipped;
+      and for each question {"answer": number} with "enqueued": id, "returned": value, "raised": {...} or
+      "refused": {reason, detail}
+out:  {"log": {...}}, {"progress": {...}}, {"enqueue": {name, args}, "number": number}, {"call": the same}
+      and {"drop": number}, of a call, any number of times, then one of
       {"complete": {"result": ...}}, {"failed": {"message", "traceback"}}, {"deferred": {"message"}}
 """
 
@@ -22,15 +26,19 @@ import threading
 import traceback
 from collections import deque
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
+from dataclasses import replace
 from typing import Any, TextIO
 
 from core4 import discovery
 from core4.attempts import Runnable, perform
 from core4.context import Ended, JobContext, safe_repr
-from core4.errors import EnqueueRefused
-from core4.worker import protocol
+from core4.questions import Questions
+from core4.worker import protocol, script
 from core4.worker.keeper import CHANNEL
 from core4.worker.protocol import TEXT_LIMIT, Message
+
+Locate = Callable[[Mapping[str, Any]], Runnable]  # from an entry to what is to be called
 
 SUPPRESSED = 1000  # records of libraries below INFO that are held back for the case of a failure
 _LEVELS = ((50, "CRITICAL"), (40, "ERROR"), (30, "WARNING"), (20, "INFO"))
@@ -41,7 +49,10 @@ class Channel:
 
     def __init__(self, fd: int) -> None:
         self._socket: socket.socket | None = socket.socket(fileno=fd)
-        self._lock, self._asking = threading.Lock(), threading.Lock()
+        self.token: str | None = None  # of this one job, for all that is sent
+        self._lock = threading.Lock()
+        self._reader: threading.Thread | None = None
+        self.questions = Questions(self._ask)
         os.register_at_fork(after_in_child=self._detach)
 
     @property
@@ -55,19 +66,29 @@ class Channel:
 
     def send(self, message: Message) -> None:
         """Send a frame, waiting for the worker to take it. Does nothing in a forked child."""
-        data = protocol.encode(message)
+        data = protocol.encode(message if self.token is None else {**message, "token": self.token})
         with self._lock:
             if self._socket is not None:
                 self._socket.sendall(data)
 
-    def ask(self, message: Message) -> Message | None:
-        """Send a frame and wait for its answer; None if the worker is gone, or in a forked child."""
-        with self._asking:
-            self.send(message)
-            return self.receive()
+    def _ask(self, message: Message) -> None:
+        self.send(message)
+        with self._lock:
+            if self._reader is None and self._socket is not None:
+                # Only jobs that ask have a thread; it ends with the process.
+                self._reader = threading.Thread(target=self._read, name="core4-answers", daemon=True)
+                self._reader.start()
+
+    def _read(self) -> None:
+        with suppress(OSError, protocol.ProtocolError):
+            while (message := self.receive()) is not None:
+                self.questions.take(message)
+        self.questions.close()
 
     def _detach(self) -> None:
-        self._lock, self._asking = threading.Lock(), threading.Lock()
+        self._lock = threading.Lock()
+        self.questions = Questions(self.send)
+        self.questions.close()
         if self._socket is not None:
             self._socket.close()
             self._socket = None
@@ -122,17 +143,18 @@ class ChannelHandler(logging.Handler):
             self.handleError(record)
 
 
-def run(fd: int = CHANNEL) -> None:
+def run(fd: int = CHANNEL, locate: Locate = discovery.locate) -> None:
     """Run the job that the worker orders on `fd`; returns when all is reported."""
     os.set_inheritable(fd, False)  # programs that the job starts have no part in it
     channel = Channel(fd)
     order = channel.receive()
     if order is None:
         return
+    channel.token = order.get("token")
     sys.excepthook = sys.__excepthook__
     threading.excepthook = threading.__excepthook__
     reseed()
-    ended = _attempt(channel, order)
+    ended = _attempt(channel, order, locate)
     if ended.kind == "failed":
         _tell_held()
     _flush()
@@ -142,39 +164,57 @@ def run(fd: int = CHANNEL) -> None:
         print("".join(ended.traceback) or ended.message, file=sys.stderr)
 
 
-def _attempt(channel: Channel, order: Message) -> Ended:
+def _attempt(channel: Channel, order: Message, locate: Locate) -> Ended:
     name = order["job"]["name"]
     take_over_logging(ChannelHandler(channel, hear_all_of(name)))
+    if "function" in order:
+        return _call_shipped(channel, order)
+
+    def run_body(found: Runnable) -> Ended:
+        # Once more: the import may have set up a logging of its own.
+        take_over_logging(ChannelHandler(channel, hear_all_of(name, found)))
+        context = context_of(order, channel.send, lambda: channel.questions)
+        return perform(found, context, result_limit=order["result_limit"])
+
     try:
-        found = discovery.locate(order["entry"])
+        if "script" in order:
+            return script.attempt(order["script"], run_body)
+        found = locate(order["entry"])
     except BaseException as error:
         return Ended.failed(error, discovery.users_frames(error.__traceback__))
-    # Once more: the import may have set up a logging of its own.
-    take_over_logging(ChannelHandler(channel, hear_all_of(name, found)))
-    return perform(found, context_of(order, channel.send, channel.ask), result_limit=order["result_limit"])
+    return run_body(found)
+
+
+def _call_shipped(channel: Channel, order: Message) -> Ended:
+    from core4.worker import shipped  # only for those that need its doors
+
+    try:
+        function, args = shipped.made(order)
+    except BaseException as error:
+        return Ended.failed(error, shipped.own_frames(error.__traceback__))
+    context = replace(context_of(order, channel.send, lambda: channel.questions), args=args)
+    return perform(function, context, result_limit=order["result_limit"])
 
 
 def context_of(
-    order: Message, send: Callable[[Message], None], ask: Callable[[Message], Message | None]
+    order: Message, send: Callable[[Message], None], questions: Callable[[], Questions]
 ) -> JobContext:
-    """The context of the job that the worker orders; `ask` sends a message and waits for its answer."""
+    """The context of the job that the worker orders; what it asks for goes through `questions`."""
     job = order["job"]
 
     def report(value: float, message: str) -> None:
         send({"progress": {"value": value, "message": message[:TEXT_LIMIT]}})
 
-    def enqueue(name: str, args: Mapping[str, Any]) -> str:
-        try:
-            answer = ask({"enqueue": {"name": name, "args": dict(args)}})
-        except RecursionError:
-            raise EnqueueRefused("the arguments are nested too deep", reason="bad_arguments") from None
-        if answer is None:
-            raise EnqueueRefused("only the job's own process can enqueue", reason="no_queue")
-        if "enqueued" in answer:
-            return str(answer["enqueued"])
-        raise EnqueueRefused(answer["refused"]["detail"], reason=answer["refused"]["reason"])
-
-    return JobContext(job["id"], job["name"], job["args"], job["attempt"], job["options"], report, enqueue)
+    return JobContext(
+        job["id"],
+        job["name"],
+        job["args"],
+        job["attempt"],
+        job["options"],
+        report,
+        lambda name, args: questions().enqueue(name, args).result(),
+        lambda name, args: questions().call(name, args),
+    )
 
 
 def report_of(ended: Ended) -> Message:

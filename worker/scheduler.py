@@ -9,9 +9,8 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from datetime import datetime, timedelta
-from typing import Any
 
 from pymongo.errors import ConnectionFailure, PyMongoError
 
@@ -21,9 +20,9 @@ from core4.changes import Change
 from core4.config import Settings
 from core4.controls import Controls
 from core4.database import Database
-from core4.errors import BadOption, JobInvalid, NotFound, Unavailable
+from core4.errors import BadOption, NotFound, Unavailable
 from core4.queues import JobQueue
-from core4.schedules import Clock, Decision, Schedule, ScheduleStore, declared
+from core4.schedules import Clock, Decision, Schedule, ScheduleStore
 
 log = logging.getLogger(__name__)
 
@@ -98,23 +97,6 @@ class Scheduler:
 
         store, clock = ScheduleStore(database), ServerClock(database)
         return cls(store, queue, Catalogue(database), clock, paused=paused, held=held, poll=settings.poll)
-
-    async def publish(self, entries: Sequence[Mapping[str, Any]]) -> None:
-        """Store the schedules of all that a worker has loaded: catalogue entries.
-
-        Raises: PyMongoError, Unavailable: to be repeated.
-        """
-        names = {entry["_id"] for entry in entries}
-        files = {entry["file"] for entry in entries if entry.get("file")}
-        # A class that was deleted or renamed is published by nobody, and its schedule would go on for ever.
-        gone = {row["_id"] for row in await self._catalogue.all() if row.get("file") in files} - names
-        try:
-            await self._schedules.publish(
-                [one for entry in entries for one in declared(entry)], of=names | gone
-            )
-        except JobInvalid as error:
-            # It was checked where it was declared; whatever is new about it must not stop the jobs.
-            log.error("schedules.refused", extra={"error": error.detail})
 
     def hear(self, change: Change) -> None:
         """A hint that the schedules have changed; an update only tells that one has fired."""
