@@ -17,13 +17,17 @@ from core4.api import (
     docs,
     doctor,
     events,
+    functions,
     jobs,
+    metrics,
     results,
+    returns,
     schedules,
     sessions,
     system,
     tasks,
 )
+from core4.functions import ERROR_CATS, STATES
 from core4.results import Status
 from core4.states import State
 
@@ -127,6 +131,23 @@ COMPONENTS: Mapping[str, Schema] = {
         result={"description": "what the job returned: any JSON value"},
         error={"anyOf": [_ERROR, {"type": "null"}]},
     ),
+    "Record": {
+        "description": "The end of a job in a return queue",
+        **_object(
+            *("_id", "queue", "at", "job_id", "name", "status", "result", "error"),
+            _id=ID,
+            queue=TEXT,
+            at=TIME,
+            job_id=ID,
+            request_id=_some("string"),
+            name=TEXT,
+            namespace=TEXT,
+            status={"type": "string", "enum": [Status.FAILED.value, Status.COMPLETED.value]},
+            finished_at=_some("string"),
+            result={"description": "what the job returned: any JSON value"},
+            error={"anyOf": [_ERROR, {"type": "null"}]},
+        ),
+    },
     "Published": {
         "description": "What can be enqueued",
         **_object(
@@ -137,14 +158,51 @@ COMPONENTS: Mapping[str, Schema] = {
             workers=COUNT,
         ),
     },
+    "FunctionJob": {
+        "description": "A job in myjobs' words; times in seconds since 1970, 0 for what has not been",
+        **_object(
+            *("id", "name", "state", "error_cat", "time_start", "time_stop", "kwargs", "error", "action_id"),
+            id=ID,
+            name=TEXT,
+            qual_name=TEXT,
+            category=TEXT,
+            state={"type": "string", "enum": [*STATES]},
+            error_cat={"type": "string", "enum": [*ERROR_CATS]},
+            time_created=NUMBER,
+            time_start=NUMBER,
+            time_stop=NUMBER,
+            timeout=NUMBER,
+            action_id=TEXT,
+            kwargs={"type": "object"},
+            result={"description": "what the function returned: any JSON value"},
+            error={"type": "object", "description": "empty, or message, traceback and more"},
+            die=BOOL,
+            dependencies=_list(ID),
+        ),
+    },
+    "Action": _object(
+        *("key", "methodname", "actorname", "created", "revoked"),
+        key=TEXT,
+        methodname=TEXT,
+        actorname=TEXT,
+        created=TIME,
+        created_by=TEXT,
+        revoked={"type": ["object", "null"]},
+        code=TEXT,
+    ),
     "Schedule": _object(
         *("_id", "qual_name", "state", "next"), _id=TEXT, qual_name=TEXT, state=TEXT, next=_list(TIME)
     ),
     "Worker": _object(
-        *("_id", "name", "state", "beat_age", "jobs"),
+        *("_id", "name", "label", "type", "state", "status", "current", "beat_age", "jobs"),
         _id=TEXT,
         name=TEXT,
+        label=TEXT,
+        type=TEXT,
         state=TEXT,
+        status=TEXT,
+        current=_list(ID),
+        error=_some("string"),
         beat_age=NUMBER,
         jobs=_list(TEXT),
     ),
@@ -213,6 +271,9 @@ ANSWERS: Mapping[Any, Answer] = {
     results.list_results: _RESULTS,
     results.list_queued: _RESULTS,
     results.list_running: _RESULTS,
+    returns.show: Answer(_list(_ref("Record")), beside={"waiting": COUNT}),
+    returns.pull: Answer(_list(_ref("Record")), succeeds=(200, 202)),
+    returns.reset: Answer(COUNT),
     schedules.list_schedules: Answer(_ref("Schedule"), page=True),
     schedules.preview: Answer(_object("expression", "zone", "next", next=_list(TIME)), (422,)),
     schedules.show: _SCHEDULE,
@@ -222,10 +283,20 @@ ANSWERS: Mapping[Any, Answer] = {
     schedules.reset: _SCHEDULE,
     schedules.trigger: Answer(ID, (404, 409, 413, 422), idempotent=True),
     schedules.delete: Answer(_TRUE, (404, 409, 422)),
+    functions.schedule: Answer(_ref("FunctionJob"), (404, 409, 413, 422), idempotent=True),
+    functions.look: Answer(_list(_ref("FunctionJob")), (404,)),
+    functions.find_jobs: Answer(_list(ID)),
+    functions.reset: Answer(_object("killed", "deleted", "left", killed=COUNT, deleted=COUNT, left=COUNT)),
+    functions.list_actions: Answer(_ref("Action"), page=True),
+    functions.show_action: Answer(_ref("Action"), (404,)),
+    functions.revoke: Answer(_ref("Action"), (404,)),
     system.workers: Answer(_list(_ref("Worker"))),
     control.show: Answer(_object("pauses", "halt", pauses=_list(_PAUSE))),
     control.pause: Answer(_PAUSE),
     control.resume: Answer(BOOL),
+    control.halt_worker: Answer(
+        _object("owner", "by", "at", "hard", owner=TEXT, by=TEXT, at=TIME, hard=BOOL), (404, 409)
+    ),
     control.halt: Answer(_object("by", "at", by=TEXT, at=TIME)),
     events.list_events: Answer(
         _object("_id", "created", "name", "author", _id=TEXT, created=TIME, name=TEXT, author=TEXT), page=True
@@ -242,6 +313,7 @@ ANSWERS: Mapping[Any, Answer] = {
     system.show_version: Answer(_object("product", "version", product=TEXT, version=TEXT)),
     system.home: Answer(TEXT, plain="text/html"),
     system.static: Answer(TEXT, (404,), plain="*/*"),
+    metrics.show: Answer(TEXT, plain="text/plain"),
     docs.page: Answer(TEXT, plain="text/html"),
     docs.description: Answer({"type": "object"}, bare=True, succeeds=(200, 304)),
 }

@@ -16,19 +16,25 @@ from aiohttp import web
 from pymongo.errors import PyMongoError
 
 from core4 import __version__, identifiers
+from core4.actions import ActionStore
 from core4.api.browsers import add_headers, origins
 from core4.api.errors import ProblemProtocol, problems
 from core4.api.hub import Hub
 from core4.api.keys import (
+    ACTIONS,
     CATALOGUE,
+    CLOSING,
     CONTROLS,
     DATABASE,
     EVENTS,
+    FEED,
     HUB,
     LOGS,
+    METRICS,
     OPENAPI,
     QUEUE,
     REQUESTS,
+    RETURNS,
     SCHEDULES,
     SEATS,
     SETTINGS,
@@ -36,22 +42,27 @@ from core4.api.keys import (
     USERS,
     WORKERS,
 )
+from core4.api.metrics import Metrics, counted
 from core4.api.openapi import describe
 from core4.api.routes import add_routes
 from core4.api.throttle import Seats, SignIns, Throttle
+from core4.api.workers import add_worker_routes
+from core4.attendance import Attendance, Contact
 from core4.catalogue import Catalogue
 from core4.changes import ChangeFeed
 from core4.config import Settings
-from core4.controls import ControlStore
+from core4.controls import CONTROL, ControlStore
 from core4.database import Database
 from core4.errors import ConfigError
 from core4.events import EventStore
 from core4.logs import LOG, LogStore
-from core4.queues import JOURNAL, JobQueue
-from core4.queues import QUEUE as QUEUE_COLLECTION
+from core4.queues import JobQueue
 from core4.registry import WorkerRegistry
+from core4.returns import RETURN, Returns
 from core4.schedules import ScheduleStore
 from core4.service import hide_memory, ready, stop_on_signals
+from core4.store import JOURNAL
+from core4.store import QUEUE as QUEUE_COLLECTION
 from core4.users import UserStore
 
 log = logging.getLogger(__name__)
@@ -67,7 +78,7 @@ SHUTDOWN = 2.0  # seconds that open requests get to end
 
 def create_app(settings: Settings, database: Database) -> web.Application:
     """The application on a database that is connected; the caller closes that."""
-    app = web.Application(middlewares=[problems, origins], client_max_size=settings.max_body)
+    app = web.Application(middlewares=[counted, problems, origins], client_max_size=settings.max_body)
 
     app[SETTINGS] = settings
     app[DATABASE] = database
@@ -77,28 +88,35 @@ def create_app(settings: Settings, database: Database) -> web.Application:
     app[SCHEDULES] = ScheduleStore(database)
     app[WORKERS] = WorkerRegistry(database)
     app[CONTROLS] = ControlStore(database)
+    app[ACTIONS] = ActionStore(database)
     app[USERS] = UserStore(database, settings)
     app[EVENTS] = EventStore(database)
+    app[RETURNS] = Returns(database)
     app[SIGN_INS] = SignIns()
     app[SEATS] = Seats(settings.streams, settings.streams_per_user)
     if settings.requests_per_user is not None:
         app[REQUESTS] = Throttle(settings.requests_per_user, 1.0)
     app[OPENAPI] = describe
-    feed = ChangeFeed(database, [QUEUE_COLLECTION, JOURNAL, LOG])
+    app[METRICS] = Metrics()
+    app[FEED] = feed = ChangeFeed(database, [QUEUE_COLLECTION, JOURNAL, LOG, CONTROL, RETURN])
+    app[CLOSING] = asyncio.Event()
     app[HUB] = Hub(feed, app[QUEUE], app[LOGS], buffer=settings.sse_buffer)
 
+    add_worker_routes(app)  # before those that take any word in their place
     add_routes(app)
 
     app.on_response_prepare.append(add_headers)
     app.cleanup_ctx.append(_indexes)
     app.cleanup_ctx.append(_users)
     app.cleanup_ctx.append(_hub)
+    if settings.worker_secret is not None:
+        app.cleanup_ctx.append(_attend)
     app.on_shutdown.append(_cut_streams)
     return app
 
 
 async def _indexes(app: web.Application) -> AsyncIterator[None]:
-    for store in (app[QUEUE], app[LOGS], app[WORKERS], app[CONTROLS], app[USERS]):
+    for store in (app[QUEUE].store, app[LOGS], app[WORKERS], app[CONTROLS], app[USERS], app[ACTIONS]):
         await store.prepare()
     yield
 
@@ -116,9 +134,28 @@ async def _hub(app: web.Application) -> AsyncIterator[None]:
         await task
 
 
+async def _attend(app: web.Application) -> AsyncIterator[None]:
+    """Do what workers over HTTP cannot: they may be all that there are."""
+    attendance = Attendance(
+        app[DATABASE],
+        app[SETTINGS],
+        app[QUEUE],
+        contact=Contact(),
+        name=lambda: f"api@{socket.gethostname()}",
+        woken=lambda: None,  # workers hear of it through the feed
+    )
+    parts = (attendance.run(), attendance.keep_contact(), attendance.count())
+    tasks = [asyncio.create_task(part, name="attendance") for part in parts]
+    yield
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
 async def _cut_streams(app: web.Application) -> None:
     # No `close`: it would say that the jobs have ended. Followers come back where they stopped.
     app[HUB].cut()
+    app[CLOSING].set()
 
 
 @asynccontextmanager

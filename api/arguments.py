@@ -12,6 +12,7 @@ from marshmallow import Schema, ValidationError
 from webargs.aiohttpparser import AIOHTTPParser
 
 from core4.errors import BadRequest
+from core4.schemas import Unreadable, read_json
 
 BODY_TIME = 10.0  # seconds within which a body has to arrive
 
@@ -46,13 +47,13 @@ async def _body(request: web.Request) -> dict[str, Any]:
         return {}
     _check_type(request)
     try:
-        body = json.loads(raw.decode("utf-8"))
+        body = read_json(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise BadRequest(f"the body is not UTF-8: {error.reason} at byte {error.start}") from None
+    except Unreadable as error:
+        raise BadRequest(f"the body {error}") from None
     except json.JSONDecodeError as error:
         raise BadRequest(f"the body is not JSON: {error.msg} at character {error.pos}") from None
-    except RecursionError:
-        raise BadRequest("the body is nested too deeply") from None
     except ValueError:  # a number of more digits than Python converts
         raise BadRequest("the body has a number that is too long") from None
     if not isinstance(body, dict):

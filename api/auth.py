@@ -8,8 +8,9 @@ from urllib.parse import urlsplit
 
 from aiohttp import web
 
+from core4 import handshake
 from core4.api.addresses import client_address, neighbourhood
-from core4.api.keys import EVENTS, SIGN_INS, TOKEN, TOKEN_TEXT, USERS
+from core4.api.keys import EVENTS, LOCAL_SECRET, LOCAL_USER, SIGN_INS, TOKEN, TOKEN_TEXT, USERS
 from core4.config import is_loopback
 from core4.errors import Unauthenticated
 from core4.users import DEFAULT_USER, User
@@ -46,6 +47,8 @@ async def sign_in(request: web.Request, name: str, password: str) -> User:
             "the default credentials are good under http://localhost only; "
             f"change them with `core4 user passwd {DEFAULT_USER[0]}`"
         )
+    if (secret := request.app.get(LOCAL_SECRET)) is not None:
+        return _local_user(request, name, password, secret)
     sign_ins = request.app[SIGN_INS]
     key = name.lower()[:200], neighbourhood(client_address(request))
     guessed = False
@@ -64,6 +67,30 @@ async def sign_in(request: web.Request, name: str, password: str) -> User:
     if guessed:
         sign_ins.give_back(*key)
     return user
+
+
+def _local_user(request: web.Request, name: str, password: str, secret: str) -> User:
+    """The one user of a manager that was given no others: good on its own machine only.
+
+    Raises: Unauthenticated, TooManyRequests.
+    """
+    if not _is_local(request):
+        raise Unauthenticated(
+            "this manager has no users beyond its own machine: give `JobManager.create` some with users="
+        )
+    sign_ins, key = request.app[SIGN_INS], (LOCAL_USER, neighbourhood(client_address(request)))
+    sign_ins.take(*key)
+    if name.lower() != LOCAL_USER or not handshake.same(password, secret):
+        raise Unauthenticated("user name or password is wrong")
+    sign_ins.give_back(*key)
+    return User(LOCAL_USER, ("cop",), True, 1, {"name": LOCAL_USER, "perm": ["cop"]})
+
+
+def _is_local(request: web.Request) -> bool:
+    """True if the connection has come to an address that only this machine reaches, by such a name."""
+    own = request.transport.get_extra_info("sockname") if request.transport is not None else None
+    host = own[0] if isinstance(own, tuple) else "localhost"  # else a Unix socket
+    return is_loopback(host) and is_loopback(_host(request))
 
 
 async def _bearer(request: web.Request, text: str) -> User:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,8 +15,11 @@ from core4.api.arguments import checked
 from core4.api.envelope import reply
 from core4.api.errors import known_error
 from core4.api.jobs import enqueue_one, unserved
+from core4.api.keys import REQUEST_ID
 from core4.errors import BadRequest, Core4Error, Unavailable
 from core4.schemas import BatchJob
+
+log = logging.getLogger(__name__)
 
 Args = dict[str, Any]
 
@@ -55,12 +59,16 @@ async def _try(request: web.Request, given: Any, served: dict[tuple[str, str], N
     except Core4Error as error:
         return error
     except (BSONError, DocumentTooLarge, PyMongoError) as error:
-        known = known_error(error)
-        if known is None:
-            raise
-        return known
+        return known_error(error) or _mistake(request, error)
+    except Exception as error:  # of one job: the others are told what has become of them
+        return _mistake(request, error)
     served[job.name, job.namespace] = None
     return {"outcome": "replayed" if replayed else "enqueued", "_id": job.id}
+
+
+def _mistake(request: web.Request, error: Exception) -> Core4Error:
+    log.error("request.failed", exc_info=error, extra={"path": request.rel_url.raw_path[:200]})
+    return Core4Error(f"internal error, see the log of the API for request {request[REQUEST_ID]}")
 
 
 def _refused(error: Core4Error) -> Args:

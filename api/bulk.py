@@ -20,6 +20,8 @@ async def bulk(request: web.Request, args: Args) -> web.Response:
     """POST job/bulk: kill, restart or remove the jobs behind a filter; with `dry_run` only told."""
     user = request[USER]
     where, _ = selection(args)
+    if args["search"] and not args["search"].strip("*?"):
+        raise BadRequest("parameter [search] is of wildcards only: jobs of all names are meant, leave it out")
     if bool(where) == args["all"]:
         raise BadRequest(
             "parameter [all] stands for no filter at all: give one of the two"

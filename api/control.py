@@ -8,9 +8,10 @@ from aiohttp import web
 
 from core4.api.envelope import reply
 from core4.api.events import audited
-from core4.api.keys import CONTROLS, QUEUE, USER
+from core4.api.keys import CONTROLS, QUEUE, USER, WORKERS
 from core4.controls import view
-from core4.errors import Forbidden
+from core4.errors import Conflict, Forbidden, WorkerNotFound
+from core4.registry import LIVING
 
 Args = dict[str, Any]
 
@@ -18,7 +19,7 @@ Args = dict[str, Any]
 async def show(request: web.Request, args: Args) -> web.Response:
     """GET control: what is paused, by whom and why, and how many of its jobs run and are held."""
     _require_cop(request)
-    running, waiting = await request.app[QUEUE].load()
+    running, waiting = await request.app[QUEUE].store.load()
     return reply(request, view(await request.app[CONTROLS].read(), running, waiting))
 
 
@@ -46,7 +47,7 @@ async def resume(request: web.Request, args: Args) -> web.Response:
         request, "control.resume", lambda: controls.resume(scope, target), scope=scope, target=target
     )
     # Also if there was none: somebody may have died between these two.
-    await request.app[QUEUE].unpark(await request.app[CONTROLS].read())
+    await request.app[QUEUE].claims.unpark(await request.app[CONTROLS].read())
     return reply(request, ended)
 
 
@@ -56,6 +57,26 @@ async def halt(request: web.Request, args: Args) -> web.Response:
     reason, controls = args["reason"], request.app[CONTROLS]
     made = await audited(
         request, "control.halt", lambda: controls.halt(by=user, reason=reason), reason=reason
+    )
+    return reply(request, vars(made))
+
+
+async def halt_worker(request: web.Request, args: Args) -> web.Response:
+    """PUT control/halt/<_id>: one worker ends when what it runs has ended; with `hard` at once."""
+    user, controls, worker = _require_cop(request), request.app[CONTROLS], request.match_info["_id"]
+    found = (await request.app[WORKERS].named([worker])).get(worker)
+    if found is None:
+        raise WorkerNotFound(worker)
+    if found["state"] not in LIVING:
+        raise Conflict(f"worker [{worker}] has ended already")
+    hard, reason = args["hard"], args["reason"]
+    made = await audited(
+        request,
+        "control.stop",
+        lambda: controls.stop(worker, by=user, hard=hard, reason=reason),
+        worker=worker,
+        hard=hard,
+        reason=reason,
     )
     return reply(request, vars(made))
 

@@ -18,7 +18,7 @@ from pymongo.errors import DocumentTooLarge, OperationFailure, PyMongoError
 from core4 import identifiers
 from core4.api.encoding import dumps
 from core4.api.envelope import envelope
-from core4.api.keys import REQUEST_ID, USER
+from core4.api.keys import BASE, REQUEST_ID, USER
 from core4.database import GOING_DOWN
 from core4.errors import BadRequest, Core4Error, TooLarge, Unauthenticated, Unavailable
 
@@ -29,7 +29,7 @@ HEAD_TIME = 10.0  # seconds within which the head of a connection's first reques
 RETRY = 2  # seconds after which a client should ask a database again that does not answer
 _KEPT = ("Allow", "Retry-After")
 REQUEST_HEADER = "X-Request-ID"
-_QUIET = ("GET", "HEAD", "OPTIONS")  # what only reads is told to who debugs
+_QUIET = ("GET", "HEAD", "OPTIONS")
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -43,10 +43,15 @@ async def problems(request: web.Request, handler: Handler) -> web.StreamResponse
     began = monotonic()
     with identifiers.about(request_id=request[REQUEST_ID]):
         response = await _answered(request, handler)
-        level = logging.DEBUG if request.method in _QUIET else logging.INFO
+        level = logging.DEBUG if _is_routine(request) else logging.INFO
         if log.isEnabledFor(level):
             log.log(level, "request.done", extra=_told(request, response.status, monotonic() - began))
         return response
+
+
+def _is_routine(request: web.Request) -> bool:
+    """Reading, and what workers over HTTP do all the time: told to who debugs."""
+    return request.method in _QUIET or request.rel_url.raw_path.startswith(f"{BASE}/worker/")
 
 
 def _request_id(request: web.BaseRequest) -> str:
@@ -77,7 +82,10 @@ async def _answered(request: web.Request, handler: Handler) -> web.StreamRespons
         return problem(request, error.status, _http_detail(error), headers=headers)
     except Core4Error as error:
         return _answer(request, error)
-    except (BSONError, DocumentTooLarge, PyMongoError, web.RequestPayloadError) as error:
+    except (
+        *(BSONError, DocumentTooLarge, PyMongoError, web.RequestPayloadError),
+        *(OverflowError, UnicodeError),
+    ) as error:
         known = known_error(error)
         if known is None:
             return _unexpected(request, error)
@@ -148,7 +156,8 @@ def known_error(error: Exception) -> Core4Error | None:
         return BadRequest("the body does not arrive as its headers announce it")
     if isinstance(error, DocumentTooLarge):
         return TooLarge("too large to be stored")
-    if isinstance(error, BSONError):
+    # Drivers raise the last two for numbers of more than 64 bits and for half characters.
+    if isinstance(error, BSONError | OverflowError | UnicodeError):
         return BadRequest("a value cannot be stored")
     if isinstance(error, OperationFailure) and error.code not in GOING_DOWN:
         return None

@@ -21,6 +21,7 @@ from core4.changes import Change, ChangeFeed
 from core4.errors import Unavailable
 from core4.logs import LOG, LogStore, text_size
 from core4.queues import JobQueue
+from core4.returns import RETURN
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ class Hub:
     def __init__(self, feed: ChangeFeed, queue: JobQueue, logs: LogStore, *, buffer: int) -> None:
         self._feed, self._queue, self._logs = feed, queue, logs
         self.buffer = buffer
-        self._waiting: dict[ObjectId, set[asyncio.Event]] = {}
+        self._waiting: dict[ObjectId | str, set[asyncio.Event]] = {}
         self._rooms: dict[ObjectId, Room] = {}
         self._open: set[asyncio.Transport] = set()
         self._reads = asyncio.Semaphore(READS)
@@ -71,21 +72,20 @@ class Hub:
                 for event in events:
                     event.set()
             return
-        job_id: ObjectId = change.fields["job"] if change.collection == LOG else change.id
-        for event in self._waiting.get(job_id, ()):
+        for event in self._waiting.get(_subject(change), ()):
             event.set()
 
     @contextmanager
-    def hints(self, job_id: ObjectId) -> Iterator[asyncio.Event]:
-        """An event that is set whenever the job or its log may have changed."""
+    def hints(self, subject: ObjectId | str) -> Iterator[asyncio.Event]:
+        """An event that is set whenever a job or its log may have changed, or a return queue of this name."""
         event = asyncio.Event()
-        self._waiting.setdefault(job_id, set()).add(event)
+        self._waiting.setdefault(subject, set()).add(event)
         try:
             yield event
         finally:
-            self._waiting[job_id].discard(event)
-            if not self._waiting[job_id]:
-                del self._waiting[job_id]
+            self._waiting[subject].discard(event)
+            if not self._waiting[subject]:
+                del self._waiting[subject]
 
     @contextmanager
     def follow(self, job_id: ObjectId, cursor: Cursor) -> Iterator[Follower]:
@@ -120,7 +120,7 @@ class Hub:
         """What is stored behind `cursor`; None if there is no such job."""
         # The document first: the lines it counts are then there to be read.
         async with self._reads:
-            found = await self._queue.document(job_id)
+            found = await self._queue.store.document(job_id)
             if found is None:
                 return None
             lines = await self._logs.tail(job_id, cursor.seq, limit=PAGE, size=PAGE_TEXT)
@@ -247,6 +247,14 @@ class Follower:
         if batch is None and self._room.ended:  # deleted while it was read
             self._place = self._room.first
         return batch.frames if batch else []
+
+
+def _subject(change: Change) -> ObjectId | str:
+    """The job that a change is about, or the return queue."""
+    if change.collection == RETURN:
+        return str(change.fields.get("queue"))
+    found: ObjectId = change.fields["job"] if change.collection == LOG else change.id
+    return found
 
 
 async def heard(event: asyncio.Event, timeout: float) -> None:

@@ -18,7 +18,7 @@ from core4.api.hub import REREAD, heard
 from core4.api.keys import CATALOGUE, CONTROLS, HUB, LOGS, QUEUE, REQUEST_ID, SEATS, SETTINGS, USER, WORKERS
 from core4.api.streams import follow_job, job_headers
 from core4.database import Page
-from core4.errors import BadRequest, Forbidden, JobNotFound, KeyReused, UnknownJob
+from core4.errors import BadArguments, BadRequest, Forbidden, JobNotFound, KeyReused, UnknownJob
 from core4.filters import (
     CATALOGUE_FIELDS,
     JOB_FIELDS,
@@ -42,7 +42,7 @@ Document = Mapping[str, Any]
 UNAUTHORIZED = "UnauthorizedJob"
 IDEMPOTENCY_KEY = "Idempotency-Key"
 # What a row or document tells of a job beside its name and arguments.
-_TELLING = ("last_error", "result", "sources", "history", "doc")
+_TELLING = ("last_error", "result", "sources", "history", "doc", "request_id")
 _CATALOGUE_ROW = (
     *("_id", "author", "created_at", "updated_at", "doc", "schedule", "tag"),
     *("namespace", "kind", "schema", "options", "unique"),
@@ -77,7 +77,8 @@ async def enqueue_one(request: web.Request, args: Args, key: str | None) -> tupl
     entry = await request.app[CATALOGUE].get(name)
     if entry is None:
         raise UnknownJob(name)
-    order, began = _order(request, entry, args, keyed=key is not None), utcnow()
+    waits = await _dependencies(request, args.get("dependencies") or ())
+    order, began = _order(request, entry, args, waits, keyed=key is not None), utcnow()
     # The id is ours: should the reply of the database get lost, it can be asked for.
     job_id = derived_id("api", user.name.lower(), key) if key else ObjectId()
     job = await whole(request.app[QUEUE].enqueue(order, job_id=job_id, once=key is not None))
@@ -98,7 +99,29 @@ def idempotency_key(request: web.Request) -> str | None:
     return key
 
 
-def _order(request: web.Request, entry: Document, args: Args, *, keyed: bool) -> JobOrder:
+async def _dependencies(request: web.Request, ids: Sequence[Any]) -> list[ObjectId]:
+    """The jobs that are to complete before; one that the user may not read is none.
+
+    Raises: BadArguments.
+    """
+    found, errors = [], []
+    for index, text in enumerate(ids):
+        valid = isinstance(text, str) and len(text) == 24 and ObjectId.is_valid(text)
+        stored = await request.app[QUEUE].store.document(ObjectId(text)) if valid else None
+        if stored is not None and request[USER].may.may_read(stored[0]["name"]):
+            found.append(ObjectId(text))
+        else:
+            errors.append(
+                {"pointer": f"/dependencies/{index}", "message": f"no job has the id {text!r:.100}"}
+            )
+    if errors:
+        raise BadArguments(errors)
+    return found
+
+
+def _order(
+    request: web.Request, entry: Document, args: Args, waits: Sequence[ObjectId], *, keyed: bool
+) -> JobOrder:
     return make_order(
         entry,
         args["args"],
@@ -109,6 +132,7 @@ def _order(request: web.Request, entry: Document, args: Args, *, keyed: bool) ->
         hostname=socket.gethostname(),
         request_id=request[REQUEST_ID],
         request_hash=_request_hash(args) if keyed else None,
+        dependencies=waits,
     )
 
 
@@ -147,7 +171,7 @@ async def _list(request: web.Request, args: Args, *, journal: bool) -> web.Respo
     if not rights.cop and (private or order_private):
         # Who asks for names or arguments gets only jobs he may read: else he could count the others.
         await limit_to(request, where, rights.may_read)
-    page = await request.app[QUEUE].page(
+    page = await request.app[QUEUE].store.page(
         where,
         sort=order or [("_id", 1)],
         page=args["page"],
@@ -201,8 +225,8 @@ def masked(row: dict[str, Any]) -> dict[str, Any]:
 async def count(request: web.Request, args: Args) -> web.Response:
     """GET job/count: jobs in the queue per state, and in the journal."""
     queue = request.app[QUEUE]
-    counts: dict[str, int] = {**dict.fromkeys(State, 0), **await queue.counts()}
-    return reply(request, {**counts, "journal": await queue.journaled()})
+    counts: dict[str, int] = {**dict.fromkeys(State, 0), **await queue.store.counts()}
+    return reply(request, {**counts, "journal": await queue.store.journaled()})
 
 
 async def list_catalogue(request: web.Request, args: Args) -> web.Response:
@@ -249,7 +273,7 @@ async def _waits_for(request: web.Request, ids: Sequence[ObjectId]) -> list[dict
     """The first of the jobs that a blocked one waits for."""
     rows = []
     for job_id in ids[:_SHOWN]:
-        found = await request.app[QUEUE].document(job_id)
+        found = await request.app[QUEUE].store.document(job_id)
         if found is not None:
             name, state = found[0]["name"], found[0]["state"]
             shown = name if request[USER].may.may_read(name) else UNAUTHORIZED
@@ -280,20 +304,11 @@ async def log_lines(request: web.Request, args: Args) -> web.StreamResponse:
 async def _log_page(request: web.Request, job_id: ObjectId, args: Args) -> Page:
     descending = _log_descending(args["sort"])
     query = compile_filter(args["filter"], LOG_FIELDS, args=False)
-    number, per_page = args["page"], args["per_page"]
-    logs = request.app[LOGS]
-    if not query.where:
-        return await logs.page(job_id, page=number, per_page=per_page, descending=descending)
-    lines: list[dict[str, Any]] = []
-    after = 0
-    # A job's log has a bounded size, so it is filtered here and not in the database.
-    while found := await logs.tail(job_id, after):
-        lines += [line for line in found if matches(query.where, line)]
-        after = found[-1]["seq"]
-    pages = -(-len(lines) // per_page)
-    first = (pages + number if number < 0 else number) * per_page
-    ordered = lines[::-1] if descending else lines
-    return Page(ordered[first : first + per_page] if first >= 0 else [], len(lines), number, per_page)
+    # Without an index on lines they are filtered here and not in the database.
+    keep = (lambda line: matches(query.where, line)) if query.where else None
+    return await request.app[LOGS].page(
+        job_id, page=args["page"], per_page=args["per_page"], descending=descending, keep=keep
+    )
 
 
 def _log_descending(sort: list[Any]) -> bool:
@@ -326,7 +341,7 @@ async def _kill_chain(request: web.Request, job_id: ObjectId) -> web.Response:
     rows = [{"_id": job.id, "state": job.state, "changed": changed} for job, changed in told]
     own = next((row for row in rows if row["_id"] == job_id), None)
     if own is None:  # it has ended before
-        own = {"_id": job_id, "state": (await queue.get(job_id)).state, "changed": False}
+        own = {"_id": job_id, "state": (await queue.store.get(job_id)).state, "changed": False}
     return reply(request, True, job=own, jobs=rows)
 
 
@@ -384,7 +399,7 @@ async def find(request: web.Request, text: str, mode: str) -> tuple[ObjectId, Do
     if len(text) != 24 or not ObjectId.is_valid(text):
         raise JobNotFound(text[:100])
     job_id = ObjectId(text)
-    found = await request.app[QUEUE].document(job_id)
+    found = await request.app[QUEUE].store.document(job_id)
     if found is None:
         raise JobNotFound(text)
     document, journal = found
@@ -408,7 +423,7 @@ async def wait_for(
     with request.app[HUB].hints(job_id) as hint:
         while True:
             hint.clear()
-            found = await request.app[QUEUE].document(job_id)
+            found = await request.app[QUEUE].store.document(job_id)
             if found is not None and (not ended or has_ended(found[0])):
                 return found[0]
             left = deadline - monotonic()

@@ -14,10 +14,10 @@ from bson import ObjectId
 
 from core4.api.envelope import page_reply, reply
 from core4.api.jobs import find, limit_to, wait_for, whole
-from core4.api.keys import QUEUE, USER
+from core4.api.keys import QUEUE, SEATS, USER
 from core4.database import Page
 from core4.errors import Conflict, JobNotFound, ResultGone
-from core4.results import FIELDS, Status, has_ended, result_of
+from core4.results import FIELDS, Status, gone, has_ended, result_of
 from core4.states import IDLE, State
 
 Args = dict[str, Any]
@@ -32,9 +32,8 @@ async def view_result(request: web.Request, args: Args) -> web.Response:
     """GET or POST job/view/result: how far a job is, and its result once there is one; repeatable."""
     job_id, document = await _find(request, args, "r")
     document = await _ended(request, job_id, document, args["timeout"])
-    taken = document.get("consumed")
-    if taken is not None:
-        raise ResultGone(f"the result of job [{job_id}] was pulled by {taken['by']}", job_id=str(job_id))
+    if document.get("consumed") is not None:
+        raise ResultGone(gone(document), job_id=str(job_id))
     return _answer(request, document)
 
 
@@ -52,7 +51,7 @@ async def pull_result(request: web.Request, args: Args) -> web.Response:
 async def list_results(request: web.Request, args: Args) -> web.Response:
     """GET or POST job/view/results: the results that nobody has pulled."""
     where = await _where(request, args)
-    page = await request.app[QUEUE].results(
+    page = await request.app[QUEUE].store.results(
         where, page=args["page"], per_page=args["per_page"], fields=FIELDS
     )
     return _page(request, page)
@@ -72,7 +71,9 @@ async def _list_open(request: web.Request, args: Args, states: Sequence[str]) ->
     where = {**await _where(request, args), "state": {"$in": list(states)}}
     if State.RUNNING not in states:
         where["removed_at"] = None
-    page = await request.app[QUEUE].page(where, page=args["page"], per_page=args["per_page"], fields=FIELDS)
+    page = await request.app[QUEUE].store.page(
+        where, page=args["page"], per_page=args["per_page"], fields=FIELDS
+    )
     return _page(request, page)
 
 
@@ -101,7 +102,8 @@ async def _find(request: web.Request, args: Args, mode: str) -> tuple[ObjectId, 
 
 
 async def _of_request(request: web.Request, request_id: str) -> str:
-    found = await request.app[QUEUE].of_request(request_id)
+    # Jobs that the user may not read are none: he could learn of them, or be kept from his own.
+    found = await request.app[QUEUE].store.of_request(request_id, request[USER].may.may_read)
     if not found:
         raise JobNotFound(request_id[:100], f"request [{request_id:.100}] has made no job")
     if len(found) > 1:
@@ -114,7 +116,8 @@ async def _ended(
 ) -> Mapping[str, Any]:
     if has_ended(document) or not seconds:
         return document
-    found = await wait_for(request, job_id, seconds)
+    with request.app[SEATS].taken(request[USER].name, job_id=str(job_id)):
+        found = await wait_for(request, job_id, seconds)
     if found is None:  # it was deleted meanwhile
         raise JobNotFound(job_id)
     return found

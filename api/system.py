@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,12 @@ from aiohttp import web
 from pymongo.errors import PyMongoError
 
 from core4.api.envelope import PRODUCT, VERSION, reply
-from core4.api.keys import CONTROLS, DATABASE, USER, WORKERS
+from core4.api.keys import CONTROLS, DATABASE, QUEUE, SETTINGS, USER, WORKERS
+from core4.controls import Controls
+from core4.database import Document
 from core4.errors import Unavailable
+from core4.filters import WORKER_FIELDS, compile_filter
+from core4.registry import described
 
 Args = dict[str, Any]
 
@@ -69,11 +74,23 @@ async def show_version(request: web.Request, args: Args) -> web.Response:
 
 async def workers(request: web.Request, args: Args) -> web.Response:
     """GET worker: the workers, newest first, with the jobs among theirs that the user may read."""
-    may = request[USER].may
-    rows = await request.app[WORKERS].list()
+    where = compile_filter(args["filter"], WORKER_FIELDS, args=False).where
+    rows = await request.app[WORKERS].list(where=dict(where))
+    held = await request.app[QUEUE].store.held_by([row["_id"] for row in rows])
     controls = await request.app[CONTROLS].read()
-    for row in rows:
-        held = controls.of_worker(row["name"])
-        row["paused"] = vars(held) if held else None
-        row["jobs"] = [name for name in row.get("jobs", ()) if may.may_read(name)]
-    return reply(request, rows)
+    found = [_worker(request, row, held.get(row["_id"], ()), controls) for row in rows]
+    return reply(request, [row for row in found if args["status"] in (None, row["status"])])
+
+
+def _worker(request: web.Request, row: Document, running: Sequence[Document], controls: Controls) -> Document:
+    may = request[USER].may
+    current = [job["_id"] for job in running if may.may_read(job["name"])]
+    row = described(row, running, request.app[SETTINGS].dead_after)
+    paused, stop = controls.of_worker(row["name"]), controls.stop_of([row["_id"]])
+    return {
+        **row,
+        "current": current,
+        "jobs": [name for name in row["jobs"] if may.may_read(name)],
+        "paused": vars(paused) if paused else None,
+        "halt": vars(stop) if stop else None,
+    }

@@ -12,7 +12,7 @@ from core4.errors import TooManyRequests, Unavailable
 PERIOD = 300.0  # seconds in which all wrong passwords are forgiven
 # Wrong passwords in that time; many may share an address, and one of them must not lock out the others.
 PER_USER, PER_ADDRESS = 10, 100
-SEAT_WAIT = 5.0  # seconds after which to ask again for a stream
+SEAT_WAIT = 5.0  # seconds after which to ask again for one
 _BUCKETS = 10_000  # kept; the one not used for longest goes first
 
 
@@ -93,11 +93,16 @@ class SignIns:
 
 
 class Seats:
-    """The open streams: so many in this process, and so many of one user."""
+    """The open streams and the requests that wait: so many in this process, and so many of one user."""
 
     def __init__(self, most: int, per_user: int) -> None:
         self._most, self._per_user = most, per_user
         self._taken: Counter[str] = Counter()
+
+    @property
+    def open(self) -> int:
+        """How many are taken."""
+        return self._taken.total()
 
     def check(self, user: str, **facts: str) -> None:
         """Whether there is one for this user now; `facts` go with the refusal.
@@ -106,12 +111,12 @@ class Seats:
         """
         if self._taken[user] >= self._per_user:
             refusal = TooManyRequests(
-                SEAT_WAIT, f"user [{user}] has {self._per_user} open streams: close some"
+                SEAT_WAIT, f"user [{user}] has {self._per_user} open streams or waiting requests: close some"
             )
             refusal.facts |= facts
             raise refusal
-        if self._taken.total() >= self._most:
-            text = f"this process has {self._most} open streams, try again later"
+        if self.open >= self._most:
+            text = f"this process has {self._most} open streams and waiting requests, try again later"
             raise Unavailable(text, retry_after=SEAT_WAIT, **facts)
 
     @contextmanager
