@@ -14,7 +14,10 @@ if TYPE_CHECKING:
     from core4.decorated import task as task
     from core4.errors import Core4Error as Core4Error
     from core4.jobs import Job as Job
+    from core4.manager import JobManager as JobManager
+    from core4.manager import JobWorker as JobWorker
     from core4.queues import JobQueue as JobQueue
+    from core4.scripts import subprocess as subprocess
     from core4.states import State as State
     from core4.tasks import CoreAbstractMixin as CoreAbstractMixin
     from core4.tasks import CoreJob as CoreJob
@@ -25,8 +28,11 @@ _HOME = {
     "CoreAbstractMixin": "core4.tasks",
     "CoreJob": "core4.tasks",
     "Job": "core4.jobs",
+    "JobManager": "core4.manager",
     "JobQueue": "core4.queues",
+    "JobWorker": "core4.manager",
     "State": "core4.states",
+    "subprocess": "core4.scripts",
     "task": "core4.decorated",
 }
 

@@ -21,8 +21,11 @@ from core4.commands_authors import init, run
 from core4.commands_control import controls, halt, pause, resume
 from core4.commands_doctor import doctor
 from core4.commands_events import counts, events
-from core4.commands_jobs import job, workers
+from core4.commands_functions import function
+from core4.commands_jobs import job
+from core4.commands_returns import returns
 from core4.commands_schedules import schedule
+from core4.commands_workers import jobs_options, tmux, worker, workers
 from core4.console import JSON_OPTION, UNREACHABLE, USAGE, echo_error, load_settings, show_rows
 from core4.errors import ConfigError, Core4Error
 
@@ -102,25 +105,30 @@ def core4(context: click.Context, config: str | None) -> None:
     context.obj = config
 
 
-for each in (init, run, job, schedule, workers, pause, resume, controls, halt, doctor, events, counts):
+for each in (
+    init,
+    run,
+    job,
+    schedule,
+    worker,
+    workers,
+    tmux,
+    pause,
+    resume,
+    controls,
+    halt,
+    doctor,
+    events,
+    counts,
+    returns,
+    function,
+):
     core4.add_command(each)
-
-
-def _jobs_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    for decorate in (
-        click.argument("files", nargs=-1, metavar="[FILE]..."),
-        click.option(
-            "-m", "--module", "modules", multiple=True, help="Module or package with jobs; repeatable."
-        ),
-        click.option("--slots", type=int, help="Jobs that run at the same time.  [default: cores x 2]"),
-        click.option("--reload", is_flag=True, default=None, help="Load job files again when they change."),
-    ):
-        command = decorate(command)
-    return command
+job.add_command(workers)
 
 
 @core4.command()
-@_jobs_options
+@jobs_options
 @click.option("--host", help="Address to listen on.  [default: 127.0.0.1]")
 @click.option("--port", type=int, help="Port to listen on; 0 takes a free one.  [default: 5001]")
 @click.option("--home", type=click.Path(file_okay=False), help="Data folder of the embedded database.")
@@ -225,27 +233,6 @@ def api(**overrides: Any) -> None:
         settings = replace(settings, mongo_url=url)
         asyncio.run(refuse_default_user(settings))
         side.main(settings)
-
-
-@core4.command()
-@_jobs_options
-@click.option("--name", "worker_name", help="Name of the worker.  [default: worker]")
-@click.option("--namespace", "namespaces", multiple=True, help="Namespace to serve; repeatable.")
-def worker(files: tuple[str, ...], modules: tuple[str, ...], **overrides: Any) -> int:
-    """Run one worker alone, in the foreground, on the database of CORE4_MONGO_URL.
-
-    \b
-    Examples:
-      core4 worker my_jobs.py
-      core4 worker -m my.package --slots 8 --namespace reports
-    """
-    from core4 import worker as side
-    from core4.embedded import database_url
-
-    settings = load_settings(jobs=files + modules, **overrides)
-    _log_of(settings)
-    with database_url(settings) as url:
-        return side.main(replace(settings, mongo_url=url))
 
 
 def _log_of(settings: Settings) -> None:
@@ -353,7 +340,7 @@ def _new_password(name: str) -> str:
     "rights",
     multiple=True,
     metavar="RIGHT",
-    help="cop (everything), job://PATTERN/x (run) or job://PATTERN/r (read); repeatable.",
+    help="cop (everything), job://PATTERN/x (run), job://PATTERN/r (read), code (ship source); repeatable.",
 )
 def user_add(name: str, rights: tuple[str, ...]) -> None:
     """Create a user; the password is asked for, piped in, or taken from CORE4_NEW_PASSWORD.

@@ -15,11 +15,12 @@ import json
 import os
 import random
 import time
+import uuid
 from base64 import b64encode
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
 
 import requests
@@ -28,9 +29,28 @@ from requests.auth import AuthBase
 from core4.errors import ConfigError
 from core4.states import FINAL
 
+if TYPE_CHECKING:
+    from core4.callers import Functions as Functions
+    from core4.callers import results as results
+    from core4.callers import schedule as schedule
+    from core4.callers import wait as wait
+
+_CALLERS = ("Functions", "schedule", "wait", "results")  # they stand on this module
+
+
+def __getattr__(name: str) -> Any:
+    if name in _CALLERS:
+        from core4 import callers
+
+        return getattr(callers, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 BASE = "/core4/api/v1"
 DEFAULT_URL = "http://localhost:5001"
 TIMEOUT = (5.0, 60.0)  # connect, read: longer than the server's heartbeat of 15 s
+LONG_POLL = 30.0  # seconds that one request waits for records of a return queue
+MOST_RECORDS = 500  # in one of its answers
 FIRST_RETRY, LAST_RETRY = 1.0, 30.0  # seconds between two attempts to connect again
 
 Document = dict[str, Any]
@@ -61,6 +81,14 @@ class ApiError(ClientError):
 
 class Unreachable(ClientError):
     """The API does not answer."""
+
+
+class QueueTimeout(TimeoutError):
+    """Not all records came in time; `records` are those that had been taken."""
+
+    def __init__(self, queue: str, size: int, records: Documents) -> None:
+        super().__init__(f"return queue {queue}: {len(records)} of {size} records came in time")
+        self.records = records
 
 
 @dataclass(frozen=True)
@@ -265,7 +293,8 @@ class Client:
         Args:
             name: the job's qual_name.
             args: arguments for its `execute`.
-            options: namespace, priority, attempts and the like.
+            options: namespace, priority, attempts and the like; `dependencies`, the ids of jobs that have to
+                complete first; `return_queues`.
         """
         body = {**options, "qual_name": name, "args": dict(args or {}), "follow": False}
         return str(self._call("POST", "job", body)["data"])
@@ -329,6 +358,71 @@ class Client:
         given = {name: text for name, text in which.items() if text is not None}
         found: Document = self._call("POST", f"job/{verb}/result", {**given, "timeout": timeout})["data"]
         return found
+
+    def show_queue(self, queue: str, limit: int = 100) -> Documents:
+        """The first records of a return queue, oldest first; they stay there."""
+        rows: Documents = self._call("GET", f"return/{quote(queue, safe='')}", params={"limit": limit})[
+            "data"
+        ]
+        return rows
+
+    def pull_queue(
+        self, queue: str, size: int = 1, *, least: int = 1, timeout: float = 5.0, token: str | None = None
+    ) -> Documents:
+        """Take records out of a return queue: the ends of jobs that were enqueued with `return_queues`.
+
+        Args:
+            size: most that are taken; fewer if the results in them are large.
+            least: how many there have to be before any is taken.
+            timeout: seconds to wait for that, up to 50; then the answer is empty.
+            token: a text that nobody else uses: with it the same call can be made again and gets the same
+                records, whatever became of the answer.
+        """
+        body: Document = {"size": size, "least": least, "timeout": timeout}
+        body |= {"token": token} if token else {}
+        rows: Documents = self._call("POST", f"return/pull/{quote(queue, safe='')}", body)["data"]
+        return rows
+
+    def wait_queue(self, queue: str, size: int = 1, timeout: float = 120.0) -> Documents:
+        """`size` records of a return queue, as soon as they are there, in the order in which they came.
+
+        An answer that gets lost is asked for again.
+
+        Raises: QueueTimeout.
+        """
+        deadline, found = time.monotonic() + timeout, list[Document]()
+        token = uuid.uuid4().hex
+        while len(found) < size:
+            left = max(deadline - time.monotonic(), 0.0)
+            want = min(size - len(found), MOST_RECORDS)
+            try:
+                some = self.pull_queue(queue, want, least=want, timeout=min(left, LONG_POLL), token=token)
+            except Unreachable:
+                if not left:
+                    raise
+                time.sleep(min(FIRST_RETRY, left))
+                continue
+            if some:
+                found, token = [*found, *some], uuid.uuid4().hex
+            elif not left:
+                raise QueueTimeout(queue, size, found)
+        return found
+
+    def wait_queues(self, queues: Sequence[str], size: int, timeout: float = 120.0) -> Documents:
+        """Wait until each of these return queues has had `size` records, take them, return those of the last.
+
+        For jobs that put their ends into all of them.
+
+        Raises: QueueTimeout.
+        """
+        deadline, found = time.monotonic() + timeout, list[Document]()
+        for queue in queues:
+            found = self.wait_queue(queue, size, max(deadline - time.monotonic(), 0.0))
+        return found
+
+    def reset_queue(self, queue: str) -> int:
+        """Empty a return queue; how many records were in it."""
+        return int(self._call("PUT", f"return/reset/{quote(queue, safe='')}")["data"])
 
     def kill(self, job_id: str) -> Document:
         """End a job; returns its state and whether that changed. `running`: the worker is at it."""
@@ -411,10 +505,22 @@ class Client:
         """Lines that a job wrote. `query`: page, per_page, filter, sort."""
         return self._page(f"job/log/{quote(job_id, safe='')}", query)
 
-    def workers(self) -> Documents:
-        """The workers, what they serve and when they were last heard of."""
-        rows: Documents = self._call("GET", "worker")["data"]
+    def workers(self, *, status: str | None = None, filter: Mapping[str, Any] | None = None) -> Documents:
+        """The workers, what they serve and when they were last heard of.
+
+        Args:
+            status: only those that are NEW, WAITING, BUSY, HALTED or ERROR.
+            filter: on other fields, as for `queue`.
+        """
+        query = {"status": status, "filter": dict(filter or {})}
+        rows: Documents = self._call("GET", "worker", query)["data"]
         return rows
+
+    def halt_worker(self, worker_id: str, *, hard: bool = False, reason: str | None = None) -> Document:
+        """End one worker when what it runs has ended; `hard`: at once, and that goes back in line."""
+        body = {"hard": hard, "reason": reason}
+        made: Document = self._call("PUT", f"control/halt/{quote(worker_id, safe='')}", body)["data"]
+        return made
 
     def events(self, **query: Any) -> Page:
         """Who did what, newest first; for administrators. `query`: page, per_page, filter, sort."""

@@ -43,26 +43,58 @@ class Hello(CoreJob):
 '''
 
 
+SUBPROCESS_FILE = '''\
+"""The body of the task `{name}`, which says subprocess=True: run in a fresh interpreter for each job."""
+
+from core4 import subprocess
+
+
+@subprocess
+def work(a, b, c):
+    """
+    insert blocking / non-blocking work here
+    """
+    # The name of this function is free, and it may be `async def`; its parameters are those of the task.
+    return {{"result": f"blocking with {{a}} {{b}} {{c}}"}}
+
+
+if __name__ == "__main__":
+    work()
+'''
+
+
 @click.command()
 @click.argument("file", default="my_jobs.py", type=click.Path(dir_okay=False, path_type=Path))
-def init(file: Path) -> None:
+@click.option("--subprocess", is_flag=True, help="Write the file of a task with subprocess=True instead.")
+def init(file: Path, subprocess: bool) -> None:
     """Write a first job file, to be read and changed.
 
     \b
-    Example:
+    Examples:
       core4 init my_jobs.py
+      core4 init --subprocess task_files/basic_blocking.py
     """
     if file.suffix != ".py" or not file.stem.isidentifier():
         raise click.UsageError(f"{file} is no name of a Python module; take one like my_jobs.py")
     try:
         with file.open("x", encoding="utf-8") as out:
-            out.write(FIRST_JOB.format(file=file))
+            out.write((SUBPROCESS_FILE if subprocess else FIRST_JOB).format(file=file, name=file.stem))
     except FileExistsError:
         raise click.UsageError(f"{file} exists; it is left as it is") from None
     except OSError as error:
         raise click.UsageError(f"{file}: {(error.strerror or str(error)).lower()}") from None
-    click.echo(
-        f"{file} is written. Next:\n"
+    click.echo(f"{file} is written. Next:\n{(_next_of_file if subprocess else _next_of_jobs)(file)}")
+
+
+def _next_of_file(file: Path) -> str:
+    return (
+        f"  export WORKER_TASK_DIR={file.parent.absolute()}\n"
+        f"  in your module of tasks: @task(subprocess=True) above def {file.stem}(a, b, c): pass"
+    )
+
+
+def _next_of_jobs(file: Path) -> str:
+    return (
         f"  core4 run {file.stem}.Hello name=Ada   # here, without any server\n"
         f"  core4 up {file} --reload   # the whole system, in one terminal\n"
         f"  core4 job enqueue {file.stem}.Hello name=Ada --follow   # in another one"

@@ -85,6 +85,12 @@ def list_(search: str | None, output: str) -> None:
 @click.option("--attempts", type=int, help="Executions before it ends as error.")
 @click.option("--worker", help="Only on this worker, as worker@host.")
 @click.option("--force", is_flag=True, default=None, help="Ahead of everything else.")
+@click.option(
+    "--dependency", "dependencies", multiple=True, help="Id of a job that has to complete first; repeatable."
+)
+@click.option(
+    "--return-queue", "return_queues", multiple=True, help="Put its end into this queue; repeatable."
+)
 @JSON_OPTION
 def enqueue(name: str, args: tuple[str, ...], attach: bool, output: str, **options: Any) -> int:
     """Put the job NAME into the queue and print its id.
@@ -97,7 +103,7 @@ def enqueue(name: str, args: tuple[str, ...], attach: bool, output: str, **optio
       core4 job enqueue my_jobs.Report month=2026-01 top=10 --priority 5
       core4 job enqueue my_jobs.Report '{"month": "2026-01"}'
     """
-    given = {option: value for option, value in options.items() if value is not None}
+    given = {option: value for option, value in options.items() if value not in (None, ())}
     with connect() as client:
         job_id = client.enqueue(name, arguments(args), **given)
         return _started(client, job_id, attach, output)
@@ -268,20 +274,26 @@ def result(id_: str, by_request: bool, pull: bool, wait: bool, output: str) -> i
 
 @job.command()
 @click.argument("job_ids", nargs=-1, metavar="[JOB_ID]...")
+@click.option("--chain", is_flag=True, help="With all jobs that hang together with those that are named.")
 @selecting
 @JSON_OPTION
-def kill(job_ids: tuple[str, ...], output: str, **picked: Any) -> int:
+def kill(job_ids: tuple[str, ...], chain: bool, output: str, **picked: Any) -> int:
     """End jobs, whether they wait or run: those that are named, or all that match.
 
     \b
     Examples:
       core4 job kill 6720f1c0a1b2c3d4e5f60718
+      core4 job kill 6720f1c0a1b2c3d4e5f60718 --chain
       core4 job kill --state pending --search report --dry-run
       core4 job kill --filter '{"args.month": "2026-01"}' --yes
     """
     if meant(picked, bool(job_ids)):
+        if chain:
+            raise click.UsageError("--chain goes with ids")
         return act("kill", output, **picked)
-    return _each(job_ids, output, lambda client, job_id: client.kill(job_id))
+    if chain:
+        return _each(job_ids, output, lambda client, job_id: client.kill_chain(job_id))
+    return _each(job_ids, output, lambda client, job_id: [{"_id": job_id, **client.kill(job_id)}])
 
 
 @job.command()
@@ -298,7 +310,7 @@ def remove(job_ids: tuple[str, ...], output: str, **picked: Any) -> int:
     """
     if meant(picked, bool(job_ids)):
         return act("remove", output, **picked)
-    return _each(job_ids, output, lambda client, job_id: client.remove(job_id))
+    return _each(job_ids, output, lambda client, job_id: [{"_id": job_id, **client.remove(job_id)}])
 
 
 @job.command()
@@ -326,26 +338,6 @@ def restart(job_id: str | None, attach: bool, journal: bool, output: str, **pick
         return _started(client, client.restart(job_id), attach, output)
 
 
-@click.command("workers")
-@click.option("--all", "every", is_flag=True, help="Those that have ended, too.")
-@JSON_OPTION
-def workers(every: bool, output: str) -> None:
-    """List the workers that are up and what they serve.
-
-    \b
-    Examples:
-      core4 workers
-      core4 workers --all -o json
-    """
-    with connect() as client:
-        rows = [row for row in client.workers() if every or row["state"] in ("up", "drain")]
-    if output == "table":
-        rows = [{**row, "state": row["state"] + (", paused" if row.get("paused") else "")} for row in rows]
-    columns = "name state running slots namespaces jobs beat_age gate pid version".split()
-    show_rows(rows, columns, output)
-
-
-job.add_command(workers)
 job.add_command(batch)
 
 
@@ -381,15 +373,18 @@ def _started(client: Client, job_id: str, attach: bool, output: str) -> int:
     return 0
 
 
-def _each(job_ids: Sequence[str], output: str, act: Callable[[Client, str], Mapping[str, Any]]) -> int:
-    """Do the same to each job; what is refused does not keep the others from it."""
+def _each(
+    job_ids: Sequence[str], output: str, act: Callable[[Client, str], Sequence[Mapping[str, Any]]]
+) -> int:
+    """Do the same to each job; what is refused does not keep the others from it. `act` tells of each job."""
     from core4.client import ApiError
 
-    results, code = [], 0
+    results: list[Mapping[str, Any]] = []
+    code = 0
     with connect() as client:
         for job_id in job_ids:
             try:
-                results.append({"_id": job_id, **act(client, job_id)})
+                results += act(client, job_id)
             except ApiError as error:
                 if error.status == 401 or error.status >= 500:
                     raise

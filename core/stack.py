@@ -167,7 +167,8 @@ class Stack:
     # ------------------------------------------------------------------ inside
 
     def _launch(self, name: str) -> None:
-        environ = without_settings(os.environ) | self.settings.to_environ()
+        settings = replace(self.settings, worker_type="subprocess")
+        environ = without_settings(os.environ) | settings.to_environ()
         process = spawn(
             [sys.executable, "-P", "-m", "core4", name],
             env=environ,
@@ -320,7 +321,7 @@ async def _first_user(settings: Settings, *, embedded: bool) -> bool:
                 raise ConfigError(
                     "no user exists yet; create the first one with `core4 user add NAME --allow cop`"
                 )
-            await users.add(*DEFAULT_USER, allow=["cop"])
+            await users.add(*DEFAULT_USER, allow=["cop", "code"])
         default = await users.verify(*DEFAULT_USER) is not None
     finally:
         users.close()
