@@ -21,10 +21,15 @@ from core4.embedded import EmbeddedServer
 from core4.logs import LogStore
 from core4.queues import JobQueue
 from core4.registry import WorkerRegistry
-from tests.helpers import FAST, Stack, running_stack
+from tests.helpers import FAST, Stack, quick_folder, running_stack
 
 if TYPE_CHECKING:
     from tests.rabbit import Rabbit
+
+# The tests start hundreds of processes: without this each of them compiles every module again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+if folder := quick_folder():
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(folder))
 
 
 @pytest.fixture(autouse=True)
@@ -72,7 +77,7 @@ def settings(mongo_url: str, database_name: str, tmp_path: Path) -> Settings:
 async def queue(database: Database, settings: Settings) -> JobQueue:
     """The queue of the test's database, with its indexes."""
     queue = JobQueue(database, settings)
-    await queue.prepare()
+    await queue.store.prepare()
     return queue
 
 

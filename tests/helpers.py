@@ -15,18 +15,33 @@ import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import psutil
 import requests
+
+if TYPE_CHECKING:
+    from core4.jobs import Job
+    from core4.queues import JobQueue
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE = "/core4/api/v1"
 ADMIN = ("admin", "hans")
 PROCESS_MARK = "CORE4_TEST_MARK"  # in the environment of every process a test starts, and of its children
 READY_TIMEOUT = 60.0
+MEMORY = Path("/dev/shm")
+MEMORY_LEAST = 4 * 1024**3  # bytes free; a container's is often 64 MB
 
 T = TypeVar("T")
+
+
+def quick_folder() -> Path | None:
+    """A folder in memory, if there is a large one. What dies in the tests are processes: what they have
+    written stays, and no test waits for a disk at each of its thousands of durable writes.
+    """
+    if not os.access(MEMORY, os.W_OK) or shutil.disk_usage(MEMORY).free < MEMORY_LEAST:
+        return None
+    return MEMORY
 
 
 def eventually(look: Callable[[], T], timeout: float = 20.0, *, what: str = "", every: float = 0.05) -> T:
@@ -42,6 +57,22 @@ def eventually(look: Callable[[], T], timeout: float = 20.0, *, what: str = "", 
         if time.monotonic() > deadline:
             raise AssertionError(_still(what, value, failure, timeout)) from failure
         time.sleep(every)
+
+
+@contextlib.contextmanager
+def unsettled(queue: JobQueue) -> Iterator[None]:
+    """What is done within is left by halves: as by a process that dies before it settles a job."""
+    outbox = queue.outbox
+    whole = outbox.try_settle, outbox.settle
+
+    async def later(job: Job) -> Any:
+        return 0
+
+    outbox.try_settle = outbox.settle = later  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        outbox.try_settle, outbox.settle = whole  # type: ignore[method-assign]
 
 
 async def eventually_async(

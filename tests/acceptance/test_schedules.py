@@ -47,6 +47,7 @@ def made(stack: Stack) -> list[ObjectId]:
 
 
 @pytest.mark.row("S49")
+@pytest.mark.row("F44")
 def test_two_workers_make_one_job_per_instant(tmp_path: Path) -> None:
     """Also while one of them is killed and comes back; compared with the instants worked out offline."""
     with (

@@ -32,8 +32,9 @@ from core4.config import Settings
 from core4.database import Database
 from core4.embedded import ServerState, running
 from core4.jobs import JobOrder, Owner, utcnow
-from core4.queues import JOURNAL, QUEUE, JobQueue
+from core4.queues import JobQueue
 from core4.states import State
+from core4.store import JOURNAL, QUEUE
 from tests.helpers import ADMIN, FAST, ROOT, Command, Stack, eventually, free_port, running_stack
 
 JOURNALED, BACKLOG = 10_000, 1_000
@@ -99,7 +100,7 @@ class Bench:
             document.update(state=State.COMPLETE.value, started_at=now, finished_at=now, runtime=0.1)
             del document["due"]
         self.mongo["core4"][JOURNAL].insert_many(finished)
-        self.loop.run(self.queue.prepare())
+        self.loop.run(self.queue.store.prepare())
         self.mongo["bench"][QUEUE].insert_many([_document(n) for n in range(BACKLOG + 1_000)])
         self.bare.insert_many([{"_id": n, "state": "new", "n": n} for n in range(BACKLOG)])
 
@@ -118,7 +119,7 @@ class Bench:
 
     def claim(self) -> None:
         """One claim out of a backlog."""
-        (job,) = self.loop.run(self.queue.claim(self.owner, namespaces=["DEFAULT"]))
+        (job,) = self.loop.run(self.queue.claims.claim(self.owner, namespaces=["DEFAULT"]))
         assert job.state is State.RUNNING
 
     def noop(self) -> None:

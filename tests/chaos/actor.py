@@ -15,19 +15,18 @@ from pathlib import Path
 from typing import Any
 
 from core4 import faults
-from core4.database import Database
 from core4.faults import Faults
-from tests.chaos.client import Actor, fast_settings
+from tests.chaos.client import Actor, SmallDatabase, fast_settings
 from tests.chaos.evidence import opened
 from tests.chaos.scenarios import SCENARIOS
 
 
-async def play(case: dict[str, Any]) -> list[list[Any]]:
-    """Prepare in peace, arm, act; the writes that were made while armed."""
+async def play(case: dict[str, Any], watched: Faults | None = None) -> list[list[Any]]:
+    """Prepare in peace, arm, act; the writes that were made while armed. The caller may watch them."""
     scenario = SCENARIOS[case["scenario"]]
     home = Path(case["home"])
-    with faults.armed(Faults()) as armed, opened(home / "history") as history:
-        database = await Database.connect(
+    with faults.armed(watched or Faults()) as armed, opened(home / "history") as history:
+        database = await SmallDatabase.connect(
             case["url"], case["database"], find_and_modify=scenario.find_and_modify
         )
         settings = fast_settings(case["url"], case["database"], home)

@@ -285,6 +285,14 @@ def c8_chains(case: Case) -> Found:
                 yield job, f"completed, its follower {name} is nowhere"
             elif follower["enqueued"]["at"] < document["finished_at"]:
                 yield job, f"its follower {name} was there before it had completed"
+            elif not _passed_on(document, follower):
+                yield job, f"its follower {name} was given {follower['args']}, not what it has returned"
+
+
+def _passed_on(document: Document, follower: Document) -> bool:
+    """False if the follower has arguments of these names, and other values."""
+    result, args = document.get("result"), follower["args"]
+    return not isinstance(result, Mapping) or set(result) != set(args) or dict(result) == dict(args)
 
 
 def c9_fires(case: Case) -> Found:
@@ -298,7 +306,10 @@ def c9_fires(case: Case) -> Found:
 
 
 def c10_messages(case: Case) -> Found:
-    """However often a message was sent, delivered or read: its id is that of one job."""
+    """However often a message was sent, delivered or read: its id is that of one job, or of a dead letter."""
+    evidence = case.evidence
+    for message in sorted(evidence.malformed ^ evidence.dead):
+        yield message, "is no dead letter" if message in evidence.malformed else "is a dead letter"
     made = defaultdict(list)
     for job, document in case.documents.items():
         made[document.get("request_id")].append(job)
@@ -427,6 +438,7 @@ def figures(case: Case) -> dict[str, int]:
         "rescues": sum(_is_rescue(entry) for entry in entries),
         "killed": sum(document["state"] == "killed" for document in case.documents.values()),
         "followers": len(case.evidence.followers),
+        "chained": sum(bool(document.get("chain_id")) for document in case.documents.values()),
     }
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from bson import ObjectId
+from pymongo import IndexModel
 from pymongo.errors import PyMongoError
 
 from core4 import schedules
@@ -46,6 +47,19 @@ def new_owner(worker: str = WORKER) -> Owner:
     return Owner(uuid.uuid4().hex, worker, socket.gethostname(), os.getpid())
 
 
+class SmallDatabase(Database):
+    """A database of a few documents: of its indexes only those are made that refuse something.
+
+    The others make no answer different, and the embedded server reads up on all of them for each write.
+    """
+
+    async def ensure_indexes(self, indexes: Mapping[str, Sequence[IndexModel]]) -> None:
+        """Make what is missing of the unique ones of `indexes`."""
+        for collection, models in indexes.items():
+            if unique := [model for model in models if model.document.get("unique")]:
+                await super().ensure_indexes({collection: unique})
+
+
 @dataclass
 class Actor:
     """One process's stores and its diary. A refusal is returned as None, as is an unknown outcome."""
@@ -70,7 +84,8 @@ class Actor:
 
     async def prepare(self) -> None:
         """Make the indexes of all stores."""
-        for store in (self.queue, self.logs, self.registry, self.users, self.controls, Inbox(self.database)):
+        stores = (self.queue.store, self.logs, self.registry, self.users, self.controls)
+        for store in (*stores, Inbox(self.database)):
             await store.prepare()
 
     async def register(self) -> None:
@@ -151,7 +166,7 @@ class Actor:
         """Claim up to `limit` jobs; each is an operation of its own, known only when it has succeeded."""
         number = self.history.invoke(self.owner.id, "claim", "")
         try:
-            jobs = await self.queue.claim(self.owner, namespaces=["DEFAULT"], limit=limit, full=full)
+            jobs = await self.queue.claims.claim(self.owner, namespaces=["DEFAULT"], limit=limit, full=full)
         except PyMongoError as error:
             self.history.answer(number, "info", repr(error))
             return []
@@ -212,7 +227,7 @@ class Actor:
 
     async def fire(self, schedule: Schedule, instant: datetime) -> Job | None:
         """Make the job of an instant; its arguments have the key `fire`."""
-        call = lambda: schedules.fire(self.queue, {}, schedule, instant)  # noqa: E731
+        call = lambda: schedules.fire(self.queue, {"_id": NAME}, schedule, instant)  # noqa: E731
         return await self._ask("enqueue", "fire", call, result=lambda job: job.id)
 
     # ------------------------------------------------------------------ as upkeep
@@ -233,12 +248,12 @@ class Actor:
     async def upkeep(self) -> None:
         """What each worker does for all of them."""
         await self.queue.rescue(self.registry.alive_ids)
-        await self.queue.sweep()
+        await self.queue.outbox.sweep()
         await self.queue.expire()
         await self.queue.promote()
-        await self.queue.wake_held()
-        await self.queue.wake_rated()
-        await self.queue.unpark(Controls())  # in the end nothing is paused
+        await self.queue.claims.wake_held()
+        await self.queue.claims.wake_rated()
+        await self.queue.claims.unpark(Controls())  # in the end nothing is paused
 
     # ------------------------------------------------------------------ the diary
 

@@ -80,7 +80,8 @@ class Evidence:
     ``fires`` are the ids of all cron fires, computed offline, None without schedules; ``may_fire`` those of
     instants around the pause of their schedule. ``pauses`` says that processes were stopped and woken: two
     executions may overlap then. ``crashed_database`` says that log lines of the last moment may have been
-    shown and lost. ``alive`` are the pids alive at the end.
+    shown and lost. ``alive`` are the pids alive at the end. ``malformed`` are the ids of messages that can be
+    no jobs, ``dead`` those of the dead letters.
     """
 
     operations: Sequence[Operation] = ()
@@ -95,6 +96,8 @@ class Evidence:
     pauses: bool = False
     crashed_database: bool = False
     alive: frozenset[int] = field(default_factory=frozenset)
+    malformed: frozenset[str] = frozenset()
+    dead: frozenset[str] = frozenset()
 
 
 class History:

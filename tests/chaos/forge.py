@@ -5,16 +5,49 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from core4.database import Database
+from core4.faults import Faults, Hit
 from tests.chaos.checker import check
 from tests.chaos.client import Actor, fast_settings
 from tests.chaos.evidence import opened
 from tests.chaos.recovery import all_told, bury_others, gathered, recover
 from tests.chaos.scenarios import SCENARIOS
 from tests.helpers import ROOT
+
+T = TypeVar("T")
+
+
+class Watch(Faults):
+    """No faults; for each write, whether anything that outlives a process was done since the one before.
+
+    If not, being killed before the one is being killed after the other. ``home`` has the notes that are
+    taken outside of the database.
+    """
+
+    def __init__(self, home: Path) -> None:
+        super().__init__()
+        self.fresh: list[bool] = []
+        self._home = home
+        self._open = 0
+        self._told = -1  # bytes of notes after the last write
+
+    async def perform(self, hit: Hit, write: Callable[[], Awaitable[T]]) -> T:
+        """Make the write."""
+        self.fresh.append(not self.trace or self._open > 0 or self._noted() != self._told)
+        self._open += 1
+        try:
+            return await super().perform(hit, write)
+        finally:
+            self._open -= 1
+            self._told = self._noted()
+
+    def _noted(self) -> int:
+        return sum(path.stat().st_size for path in self._home.iterdir() if path.is_file())
 
 
 @dataclass(frozen=True)

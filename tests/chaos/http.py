@@ -15,7 +15,8 @@ from tests.helpers import BASE
 
 TRIES = 200  # of one request; a run that needs more has another problem
 PAUSE = 0.25  # seconds between two tries
-NAMES = ("tests.chaos.Job", "tests.chaos.InlineJob")  # half of the jobs each
+NAMES = ("tests.chaos.Job", "tests.chaos.InlineJob")  # half each of the jobs that stand alone
+CHAINED = ("DEFAULT:first", "DEFAULT:gather")  # which are followed by two, and wait for three
 
 
 class Api:
@@ -84,6 +85,9 @@ class Client(threading.Thread):
             "defers": dice.choice((0,) * 12 + (1,)),
         }
         body = {"qual_name": dice.choice(NAMES), "args": args, "follow": False}
+        if dice.random() < 0.1:
+            few = {"key": args["key"], "ledger": args["ledger"]}
+            body |= {"qual_name": dice.choice(CHAINED), "args": few}
         headers = {"Idempotency-Key": f"k{key}"} if key % 2 else {}
         for _ in range(TRIES):
             kind, job = self._ask("enqueue", f"k{key}", "POST", "/job", json=body, headers=headers)

@@ -18,7 +18,7 @@ from core4.embedded import EmbeddedServer
 from tests.chaos.checker import Verdict
 from tests.chaos.plants import PLANTS
 from tests.chaos.reduced import reduced
-from tests.helpers import ROOT
+from tests.helpers import ROOT, quick_folder
 
 RUNS = 3
 ROW = "{:34} {:>5}  {:24} {}"
@@ -27,7 +27,7 @@ ROW = "{:34} {:>5}  {:24} {}"
 def one_run(url: str, seed: int) -> Verdict:
     """One run of reduced chaos."""
     logging.disable(logging.ERROR)
-    with tempfile.TemporaryDirectory() as home:
+    with tempfile.TemporaryDirectory(dir=quick_folder()) as home:
         return asyncio.run(reduced(url, Path(home) / "run", seed=seed))
 
 
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.url:
         return try_plant(args.names[0], args.url)
     names = args.names or list(PLANTS)
-    with tempfile.TemporaryDirectory() as home, EmbeddedServer(Path(home)) as server:
+    with tempfile.TemporaryDirectory(dir=quick_folder()) as home, EmbeddedServer(Path(home)) as server:
         if args.clean:
             return 1 if clean(server.url, args.clean) else 0
         print(ROW.format("planted fault", "runs", "broken", "first violation"), flush=True)

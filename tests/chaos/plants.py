@@ -17,10 +17,12 @@ from pymongo.errors import AutoReconnect, DuplicateKeyError
 from core4 import jobs, schedules, transitions
 from core4.errors import JobExists
 from core4.jobs import Job, JobOrder, Lease, Owner
+from core4.outbox import Outbox
 from core4.queues import JobQueue
 from core4.retries import Outcome
 from core4.schedules import Decision, Schedule
 from core4.states import State
+from core4.store import JobStore
 from core4.transitions import Change
 from core4.worker.scheduler import Scheduler
 
@@ -40,7 +42,7 @@ def _unguarded(move: str) -> None:
     """The update of this move repeats nothing of what it was decided on."""
 
     def make(cas: Any) -> Any:
-        async def careless(self: JobQueue, seen: Job, change: Change) -> Job | None:
+        async def careless(self: JobStore, seen: Job, change: Change) -> Job | None:
             if change.move != move or seen.journal:
                 return await cas(self, seen, change)  # type: ignore[no-any-return]
             update: dict[str, Any] = {"$set": dict(change.set), "$inc": {"rev": 1}}
@@ -48,12 +50,12 @@ def _unguarded(move: str) -> None:
                 update["$unset"] = dict.fromkeys(change.unset, 1)
             if change.entry is not None:
                 update["$push"] = {"history": dict(change.entry)}
-            await self._queue.update_one({"_id": seen.id}, update)
+            await self.queue.update_one({"_id": seen.id}, update)
             return Job.from_document(transitions.applied(seen.document, change, seen.rev + 1))
 
         return careless
 
-    _patch(JobQueue, "_cas", make)
+    _patch(JobStore, "cas", make)
 
 
 @plant
@@ -92,7 +94,7 @@ def unfenced_progress() -> None:
     """Anyone may report progress."""
 
     async def progress(self: JobQueue, job: Job, value: float | None, message: str | None) -> None:
-        await self._queue.update_one(
+        await self.store.queue.update_one(
             {"_id": job.id}, {"$set": {"prog.value": value, "prog.message": message}, "$inc": {"rev": 1}}
         )
 
@@ -103,13 +105,13 @@ def unfenced_progress() -> None:
 def delete_before_journal() -> None:
     """A finished job is taken from the queue before it is in the journal."""
 
-    async def move(self: JobQueue, job: Job) -> None:
+    async def move(self: Outbox, job: Job) -> None:
         copy = {key: value for key, value in job.document.items() if key not in ("settle", *transitions.LINE)}
-        deleted = await self._queue.delete_one({"_id": job.id, "rev": job.rev})
+        deleted = await self._store.queue.delete_one({"_id": job.id, "rev": job.rev})
         if deleted.deleted_count:
-            await self._journal.replace_one({"_id": job.id}, copy, upsert=True)
+            await self._store.journal.replace_one({"_id": job.id}, copy, upsert=True)
 
-    JobQueue._move = move  # type: ignore[method-assign]
+    Outbox.move = move  # type: ignore[method-assign]
 
 
 @plant
@@ -117,13 +119,13 @@ def random_child_id() -> None:
     """Each try to make the child of a restart makes another one."""
 
     def make(spawn: Any) -> Any:
-        async def fresh(self: JobQueue, parent: Job, note: Mapping[str, Any]) -> Any:
+        async def fresh(self: Outbox, parent: Job, note: Mapping[str, Any]) -> Any:
             unkeyed = replace(parent, document={**parent.document, "unique": False})
             return await spawn(self, unkeyed, {**note, "target": ObjectId()})
 
         return fresh
 
-    _patch(JobQueue, "_restart", make)
+    _patch(Outbox, "make_child", make)
 
 
 @plant
@@ -132,7 +134,7 @@ def no_tombstone_check() -> None:
 
     async def start(self: JobQueue, job: Job, *, pid: int | None = None) -> Job:
         lease = transitions.lease_of(job)
-        return await self._held(job, lease, lambda seen: transitions.start(seen, lease, pid))
+        return await self.store.held(job, lease, lambda seen: transitions.start(seen, lease, pid))
 
     JobQueue.start = start  # type: ignore[method-assign]
 
@@ -142,7 +144,7 @@ def answer_before_insert() -> None:
     """An enqueue is acknowledged before it is stored."""
 
     def make(insert: Any) -> Any:
-        async def eager(self: JobQueue, document: dict[str, Any]) -> Job:
+        async def eager(self: JobStore, document: dict[str, Any]) -> Job:
             async def quietly() -> None:
                 await asyncio.sleep(0)
                 await asyncio.gather(insert(self, document), return_exceptions=True)
@@ -152,7 +154,7 @@ def answer_before_insert() -> None:
 
         return eager
 
-    _patch(JobQueue, "_insert", make)
+    _patch(JobStore, "insert", make)
 
 
 async def _dying(work: Any) -> None:
@@ -166,21 +168,21 @@ async def _dying(work: Any) -> None:
 def blind_retry_of_an_enqueue() -> None:
     """After a lost reply the same order is stored as another job."""
 
-    async def insert(self: JobQueue, document: dict[str, Any]) -> Job:
+    async def insert(self: JobStore, document: dict[str, Any]) -> Job:
         for _ in range(5):
             try:
-                await self._queue.insert_one(document)
+                await self.queue.insert_one(document)
                 return Job.from_document(document)
             except AutoReconnect:
                 document = {**document, "_id": ObjectId(), "unique_key": uuid.uuid4().hex}
             except DuplicateKeyError as error:
-                holder = await self._queue.find_one({"unique_key": document["unique_key"]}, {"_id": 1})
+                holder = await self.queue.find_one({"unique_key": document["unique_key"]}, {"_id": 1})
                 if holder is not None and holder["_id"] != document["_id"]:
                     raise JobExists(holder["_id"], document["name"]) from error
                 return Job.from_document(document)
         raise AutoReconnect("no luck")
 
-    JobQueue._insert = insert  # type: ignore[method-assign]
+    JobStore.insert = insert  # type: ignore[method-assign]
 
 
 @plant
@@ -201,24 +203,24 @@ def rescue_only_what_has_started() -> None:
     """A job that was claimed and never started stays with its dead worker for ever."""
 
     def make(cas: Any) -> Any:
-        async def blind(self: JobQueue, seen: Job, change: Change) -> Job | None:
+        async def blind(self: JobStore, seen: Job, change: Change) -> Job | None:
             if change.move == "rescue" and seen.claims:
                 return None
             return await cas(self, seen, change)  # type: ignore[no-any-return]
 
         return blind
 
-    _patch(JobQueue, "_cas", make)
+    _patch(JobStore, "cas", make)
 
 
 @plant
 def no_sweep() -> None:
     """What a dead process left half way stays so."""
 
-    async def sweep(self: JobQueue, limit: int = 500) -> int:
+    async def sweep(self: Outbox, limit: int = 500) -> int:
         return 0
 
-    JobQueue.sweep = sweep  # type: ignore[method-assign]
+    Outbox.sweep = sweep  # type: ignore[method-assign]
 
 
 @plant
@@ -256,15 +258,15 @@ def restart_deletes_the_parent_first() -> None:
     """A restart is a delete and an insert, as in core4: a crash in between loses both."""
 
     async def restart(self: JobQueue, job_id: ObjectId, *, by: str, hostname: str = "") -> ObjectId:
-        parent = await self.get(job_id)
+        parent = await self.store.get(job_id)
         transitions.require_ended(parent)
         child_id: ObjectId = jobs.derived_id(parent.id, "restart", parent.document.get("restarts", 0))
-        await self._queue.delete_one({"_id": job_id})
+        await self.store.queue.delete_one({"_id": job_id})
         order = JobOrder(name=parent.name, args=parent.args, parent_id=parent.id)
-        await self._insert(jobs.new_document(order, child_id, jobs.utcnow()))
+        await self.store.insert(jobs.new_document(order, child_id, jobs.utcnow()))
         after = {**parent.document, "restarts": parent.document.get("restarts", 0) + 1}
         after["enqueued"] = {**after["enqueued"], "child_id": child_id}
-        await self._journal.replace_one({"_id": job_id}, after, upsert=True)
+        await self.store.journal.replace_one({"_id": job_id}, after, upsert=True)
         return child_id
 
     JobQueue.restart = restart  # type: ignore[method-assign]
@@ -275,14 +277,14 @@ def a_child_is_its_own_rival() -> None:
     """A child that is there already is taken for somebody else's job, and forgotten by its parent."""
 
     def make(insert: Any) -> Any:
-        async def rival(self: JobQueue, document: dict[str, Any]) -> Job:
-            if await self._queue.find_one({"_id": document["_id"]}) is not None:
+        async def rival(self: JobStore, document: dict[str, Any]) -> Job:
+            if await self.queue.find_one({"_id": document["_id"]}) is not None:
                 raise JobExists(document["_id"], document["name"])
             return await insert(self, document)  # type: ignore[no-any-return]
 
         return rival
 
-    _patch(JobQueue, "_insert", make)
+    _patch(JobStore, "insert", make)
 
 
 @plant
@@ -312,9 +314,11 @@ def workers_known_by_their_host() -> None:
     def make(rescue: Any) -> Any:
         async def by_name(self: JobQueue, alive: Any) -> int:
             async def owners_of_the_living() -> set[str]:
-                living = self._database.collection("sys.worker").find({"_id": {"$in": list(await alive())}})
+                living = self.store.database.collection("sys.worker").find(
+                    {"_id": {"$in": list(await alive())}}
+                )
                 names = {worker["name"] for worker in await living.to_list(None)}
-                held = self._queue.find({"state": "running", "locked.worker": {"$in": list(names)}})
+                held = self.store.queue.find({"state": "running", "locked.worker": {"$in": list(names)}})
                 return {job["lease"]["owner"] for job in await held.to_list(None)}
 
             return await rescue(self, owners_of_the_living)  # type: ignore[no-any-return]

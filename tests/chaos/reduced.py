@@ -57,16 +57,16 @@ class Weather(Faults):
 
     async def perform(self, hit: Hit, write: Callable[[], Awaitable[T]]) -> T:
         # What comes seldom is hit more often: a crash between two writes of a move, not only at a start.
-        rate = self.rate * {"_cas": 1, "_insert": 4}.get(hit.function, 2)
+        rate = self.rate * {"cas": 1, "insert": 4}.get(hit.function, 2)
         if self.dice.random() >= rate:
             return await write()
         # An insert that lands late finds that its job has long been asked for again, and done.
-        fault = self.dice.choice((*FAULTS, *("late",) * 4) if hit.function == "_insert" else FAULTS)
+        fault = self.dice.choice((*FAULTS, *("late",) * 4) if hit.function == "insert" else FAULTS)
         self.counts[fault] += 1
         if fault == "die before":
             raise Died
         if fault == "late":
-            self._later(write, self.stall if hit.function == "_insert" else None)
+            self._later(write, self.stall if hit.function == "insert" else None)
             raise AutoReconnect("late on purpose")
         if fault == "freeze" and self.freeze is not None:
             await self.freeze()
@@ -197,7 +197,7 @@ class World:
                     actor = self._reborn(actor)
                     await _insist(actor.register)
                 jobs = await actor.claim(2)
-                for job in await actor.queue.running(actor.owner.id):
+                for job in await actor.queue.store.running(actor.owner.id):
                     if job.id not in {each.id for each in jobs}:
                         await actor.release(job)
                 await self._execute_all(actor, jobs, dice)
@@ -232,7 +232,7 @@ class World:
                 await self._freeze(actor, started)
                 await asyncio.sleep(0.02)  # and that one knows that it has it
             await actor.progress(started)
-        held = [each for each in await actor.queue.running(actor.owner.id) if each.id == job.id]
+        held = [each for each in await actor.queue.store.running(actor.owner.id) if each.id == job.id]
         killed = bool(held) and held[0].killed_at is not None
         kind = "killed" if killed and dice.random() < 0.7 else dice.choice(KINDS)
         await actor.finish(started, "failed" if job.args["key"] in self.failing else kind)

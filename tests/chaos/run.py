@@ -24,17 +24,19 @@ from core4 import faults
 from core4.config import Settings
 from core4.database import Database
 from core4.users import UserStore
+from tests.chaos import chained
 from tests.chaos.checker import Verdict, check
 from tests.chaos.evidence import Follower, History, write_dump
 from tests.chaos.fires import Fires
 from tests.chaos.http import Api, Client, Reader
 from tests.chaos.parts import Part, Server
+from tests.chaos.post import Post
 from tests.chaos.proxy import Proxy
 from tests.chaos.recovery import dumped, gathered
-from tests.helpers import FAST, ROOT, free_port, marked
+from tests.helpers import FAST, ROOT, free_port, marked, quick_folder
 
 WORKERS, APIS, CLIENTS, SLOTS = 3, 2, 12, 6
-JOBS = (ROOT / "tests/chaos/jobs.py", ROOT / "tests/jobs/inline.py")
+JOBS = (ROOT / "tests/chaos/jobs.py", ROOT / "tests/jobs/inline.py", ROOT / "tests/chaos/chained.py")
 SCHEDULERS = 2  # of the workers
 KILL_EVERY, DATABASE_EVERY, PAUSE_EVERY = 2.0, 20.0, 9.0
 MOST_OPEN = 120  # jobs: the clients wait above it, so that they, too, are there for the whole of the run
@@ -50,7 +52,7 @@ TIMINGS = {**FAST, "CORE4_SLOTS": str(SLOTS), "CORE4_KILL_WAIT": "1"}
 class Chaos:
     """One run in a folder of its own."""
 
-    def __init__(self, home: Path, jobs: int, seed: int, plant: str = "") -> None:
+    def __init__(self, home: Path, jobs: int, seed: int, plant: str = "", messages: int = 0) -> None:
         self.home, self.jobs, self.seed = home, jobs, seed
         self.random = random.Random(seed)
         self.counts: Counter[str] = Counter()
@@ -60,6 +62,7 @@ class Chaos:
         self.server.start()
         self.proxy = Proxy(self.server.port, seed)
         self.proxy.start()
+        self.post = Post(home, messages, self.history, str(self.ledger)) if messages else None
         self.parts = self._parts(plant)
         self.fires = Fires(self.apis, str(self.ledger))
         self.open = 0
@@ -74,6 +77,8 @@ class Chaos:
             faults.VARIABLE: spec,
             faults.PERMIT: "1",
             "PYTHONPATH": str(ROOT),
+            chained.LEDGER: str(self.ledger),
+            **({"CORE4_BROKER_URL": self.post.url} if self.post else {}),
         }
         parts = []
         for number in range(WORKERS):
@@ -95,6 +100,8 @@ class Chaos:
             asyncio.run(self._add_user())
             self._start()
             self.fires.begin()
+            if self.post:
+                self.post.start()
             clients, readers = self._clients()
             self._rage(clients)
             self._heal(clients, readers)
@@ -139,7 +146,8 @@ class Chaos:
         begin = time.monotonic()
         next_kill, next_database, next_pause = begin + 1, begin + DATABASE_EVERY, begin + PAUSE_EVERY
         waiter = threading.Event()
-        while any(client.is_alive() for client in clients) or self.open > CALM_BELOW:
+        threads = [*clients, *([self.post] if self.post else [])]
+        while any(thread.is_alive() for thread in threads) or self.open > CALM_BELOW:
             now = time.monotonic()
             self.proxy.calm = (now - begin) % (STORM + CALM) > STORM
             self._wake(now)
@@ -175,7 +183,7 @@ class Chaos:
         workers = await database.collection("sys.worker").find({"pid": pid}).to_list(None)
         ids = [worker["_id"] for worker in workers]
         held = await database.collection("sys.queue").find({"lease.owner": {"$in": ids}}).to_list(None)
-        open_jobs = {"state": {"$in": ["pending", "running", "failed", "deferred"]}}
+        open_jobs = {"state": {"$in": ["pending", "running", "failed", "deferred", "blocked"]}}
         self.open = await database.collection("sys.queue").count_documents(open_jobs)
         (self.room.set if self.open < MOST_OPEN else self.room.clear)()
         await database.close()
@@ -202,6 +210,10 @@ class Chaos:
             client.join()
             if client.failure:
                 raise client.failure
+        if self.post:
+            self.post.join()
+            if self.post.failure:
+                raise self.post.failure
         for part in self.parts:
             part.ensure()
         self.fires.end()
@@ -219,7 +231,8 @@ class Chaos:
         queue = database.collection("sys.queue")
         states = {"$in": ["pending", "running", "failed", "deferred", "blocked"]}
         while time.monotonic() - begin < HEALED:
-            if not await queue.find_one({"state": states}) and not await queue.find_one({"settle": True}):
+            idle = not await queue.find_one({"state": states}) and not await queue.find_one({"settle": True})
+            if idle and (self.post is None or await self.post.taken_in(database)):
                 break
             await asyncio.sleep(0.5)
         await database.close()
@@ -246,11 +259,15 @@ class Chaos:
             pauses=True,
             crashed_database=True,
             alive=alive,
+            malformed=self.post.malformed if self.post else frozenset(),
+            dead=await self.post.dead() if self.post else frozenset(),
         )
         await database.close()
         verdict = check(evidence)
         refused = self.refusals.read_text().count("\n") if self.refusals.exists() else 0
         counts = {**self.counts, **self.proxy.counts, "refused writes": refused}
+        if self.post:
+            counts |= {"messages": len(self.post.ids), "cut at the broker": self.post.cuts}
         verdict.figures |= {name: counts[name] for name in sorted(counts)}
         return verdict
 
@@ -259,6 +276,8 @@ class Chaos:
         for part in self.parts:
             part.end(self.home)
         self.proxy.stop()
+        if self.post:
+            self.post.stop()
         self.server.stop()
         self.history.close()
 
@@ -281,6 +300,7 @@ def _cpu_seconds() -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--jobs", type=int, default=2000)
+    parser.add_argument("--messages", type=int, default=None, help="through RabbitMQ; a tenth of the jobs")
     parser.add_argument("--seed", type=int, default=None)
     parser.add_argument("--keep", type=Path, help="folder for what the run leaves behind")
     parser.add_argument("--json", type=Path, help="file to append the figures to, one line a run")
@@ -288,11 +308,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--any-figures", action="store_true", help="do not ask for the least figures")
     args = parser.parse_args(argv)
     seed = random.SystemRandom().randrange(10**6) if args.seed is None else args.seed
-    home = args.keep or Path(tempfile.mkdtemp(prefix="chaos-"))
+    home = args.keep or Path(tempfile.mkdtemp(prefix="chaos-", dir=quick_folder()))
     home.mkdir(parents=True, exist_ok=True)
     print(f"chaos: {args.jobs} jobs, seed {seed}, in {home}", flush=True)
     begin = time.monotonic()
-    verdict = Chaos(home, args.jobs, seed, args.plant).run()
+    messages = args.jobs // 10 if args.messages is None else args.messages
+    verdict = Chaos(home, args.jobs, seed, args.plant, messages).run()
     verdict.figures |= {"seconds": int(time.monotonic() - begin), "cpu seconds": _cpu_seconds()}
     print(verdict)
     if args.json:

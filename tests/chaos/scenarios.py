@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -15,16 +16,21 @@ from typing import Any
 from bson import ObjectId
 from pymongo.errors import PyMongoError
 
+from core4 import sources
+from core4.actions import ActionStore
 from core4.doctor import Doctor
 from core4.errors import Conflict, NotFound, ResultGone
 from core4.inbox import Inbox
 from core4.jobs import Job, utcnow
 from core4.logs import Line
-from core4.queues import JOURNAL, QUEUE
+from core4.retention import Retention
+from core4.returns import RETURN, Returns
 from core4.states import State
+from core4.store import JOURNAL, QUEUE
 from core4.worker.ingest import Ingest
 from tests.chaos.client import NAME, Actor, new_owner
 from tests.chaos.recovery import dumped, recover
+from tests.helpers import unsettled
 
 Step = Callable[[Actor], Awaitable[Any]]
 
@@ -95,14 +101,8 @@ def _without_settling(step: Step) -> Step:
     """The first half of an operation, as a process that died in its middle leaves it."""
 
     async def halved(actor: Actor) -> None:
-        whole_try, whole = actor.queue._try_settle, actor.queue._settle
-
-        async def later(job: Job) -> Any:
-            return 0
-
-        actor.queue._try_settle = actor.queue._settle = later  # type: ignore[method-assign]
-        await step(actor)
-        actor.queue._try_settle, actor.queue._settle = whole_try, whole  # type: ignore[method-assign]
+        with unsettled(actor.queue):
+            await step(actor)
 
     return halved
 
@@ -171,6 +171,13 @@ async def pulled_by_one(actor: Actor) -> None:
 
 async def finish(actor: Actor) -> None:
     await actor.finish(job(actor))
+
+
+def ending(kind: str) -> Step:
+    async def step(actor: Actor) -> None:
+        await actor.finish(job(actor), kind)
+
+    return step
 
 
 async def bury_self(actor: Actor) -> None:
@@ -320,15 +327,17 @@ scenario("rescue-claimed", rescue, after(claimed(), bury_self))
 scenario("rescue-started", rescue, after(started(), bury_self))
 scenario("rescue-poison", rescue, after(started(), due_at_once(crashes=2), bury_self))
 scenario("rescue-killing", rescue, after(started(), kill, restart, bury_self))
-scenario("sweep-finished", lambda actor: actor.queue.sweep(), after(started(), _without_settling(finish)))
+scenario(
+    "sweep-finished", lambda actor: actor.queue.outbox.sweep(), after(started(), _without_settling(finish))
+)
 scenario(
     "sweep-restarted",
-    lambda actor: actor.queue.sweep(),
+    lambda actor: actor.queue.outbox.sweep(),
     after(finished("failed", attempts=1), _without_settling(restart)),
 )
 scenario(
     "sweep-restarted-journal",
-    lambda actor: actor.queue.sweep(),
+    lambda actor: actor.queue.outbox.sweep(),
     after(finished("complete"), _without_settling(restart)),
 )
 
@@ -377,6 +386,66 @@ async def chain_is_dead(actor: Actor) -> None:
             assert row["state"] == "killed", row["name"]
 
 
+async def after_both(actor: Actor) -> None:
+    """A job that waits for the first one and for another."""
+    other = await actor.enqueue("k2")
+    await actor.enqueue("k3", chain={"dependencies": [job_id(actor), other.id]})
+
+
+async def dependent_of_a_race(actor: Actor) -> None:
+    """Its prerequisite ends between the look at it and the insert; whoever inserted it looks no more."""
+    insert = actor.queue.store.insert
+
+    async def late(document: dict[str, Any]) -> Job:
+        await finish(actor)
+        return await insert(document)
+
+    actor.queue.store.insert = late  # type: ignore[method-assign]
+    await _without_settling(dependents("k2"))(actor)
+    actor.queue.store.insert = insert  # type: ignore[method-assign]
+
+
+async def restart_waiting(actor: Actor) -> None:
+    await actor.restart(actor.kept["waiting"])
+
+
+async def kill_waiting(actor: Actor) -> None:
+    await actor.kill(actor.kept["waiting"])
+
+
+async def doomed_promise(actor: Actor) -> None:
+    """A job waits for the child of a restart that nobody was told of; a third one takes its place."""
+    await started(attempts=1)(actor)
+    await dependents("k2")(actor)
+    await actor.finish(job(actor), "failed")
+    with unsettled(actor.queue):
+        await actor.queue.restart(job_id(actor), by="chaos")
+    await restart_waiting(actor)
+    await actor.enqueue("k1")
+
+
+async def fails_for_want_of_it(actor: Actor) -> None:
+    """Whoever waited for what is not to come has ended, and has waited before."""
+    again = [
+        row for row in await _stored(actor) if row["args"]["key"] == "k2" and row["enqueued"]["parent_id"]
+    ]
+    assert [(row["state"], row["error_cat"]) for row in again] == [("error", "DEPENDENCY")]
+    assert [entry["state"] for entry in again[0]["history"]] == ["blocked", "error"]
+
+
+async def calling(actor: Actor) -> None:
+    """The attempt under way waits for a job that it has called."""
+    caller = job(actor)
+    who = {"parent_id": caller.id, "chain_id": caller.id, "consumed_by": caller.id, "fence": caller.fence}
+    await actor.enqueue("called", chain=who)
+
+
+async def unheard_ended(actor: Actor) -> None:
+    """Nobody ran what the lost attempt had called."""
+    found = {row["args"]["key"]: row["state"] for row in await _stored(actor)}
+    assert found == {"k1": "complete", "called": "killed"}
+
+
 async def run_first(actor: Actor) -> None:
     """The first job in line completes; what is let go by that waits."""
     (first,) = await actor.claim()
@@ -391,6 +460,24 @@ scenario(
     "finish-fails-dependents",
     lambda actor: actor.finish(job(actor), "failed"),
     after(started(attempts=1), dependents("k2", "k3")),
+)
+scenario("finish-one-of-two", finish, after(started(), after_both))
+for kind in ("complete", "failed"):
+    half_told = after(started(attempts=1), dependents("k2"), _without_settling(ending(kind)))
+    scenario(f"sweep-tells-dependents-{kind}", lambda actor: actor.queue.outbox.sweep(), half_told)
+scenario(
+    "sweep-lets-go-of-a-race", lambda actor: actor.queue.outbox.sweep(), after(started(), dependent_of_a_race)
+)
+scenario(
+    "finish-keeps-a-promise",
+    ending("killed"),
+    after(started(), dependents("k2"), kill_waiting, kill, restart, restart_waiting),
+)
+scenario(
+    "sweep-withdraws-a-promise",
+    lambda actor: actor.queue.outbox.sweep(),
+    doomed_promise,
+    proof=fails_for_want_of_it,
 )
 scenario("finish-last-prerequisite", run_first, after(enqueued(chain=BEFORE), run_first, run_first))
 scenario("finish-followed", finish, started(chain=AFTER))
@@ -407,10 +494,11 @@ scenario("remove-prerequisite", remove, after(enqueued(), dependents("k2")))
 scenario("kill-blocked", kill, enqueued(chain=BEFORE))
 scenario(
     "restart-dependent",
-    lambda actor: actor.restart(actor.kept["waiting"]),
+    restart_waiting,
     after(enqueued(), dependents("k2"), kill, restart),
 )
 scenario("rescue-at-most-once", rescue, after(started(max_crashes=1), dependents("k2"), bury_self))
+scenario("rescue-of-a-caller", rescue, after(started(), calling, bury_self), proof=unheard_ended)
 scenario("release-at-most-once", lambda actor: actor.release(job(actor)), started(max_crashes=1))
 scenario(
     "kill-chain",
@@ -475,6 +563,11 @@ async def ticket(actor: Actor) -> None:
     assert await actor.users.redeem(text) is None
 
 
+async def use_a_word(actor: Actor) -> None:
+    await actor.users.use_once("word", 60)
+    assert not await actor.users.use_once("word", 60)
+
+
 async def sign_out(actor: Actor) -> None:
     user = await actor.users.get("ann")
     assert user is not None
@@ -499,12 +592,12 @@ async def is_paused(actor: Actor) -> None:
 
 async def resume(actor: Actor) -> None:
     await actor.controls.resume("job", NAME)
-    await actor.queue.unpark(await actor.controls.read())
+    await actor.queue.claims.unpark(await actor.controls.read())
 
 
 async def claim_paused(actor: Actor) -> None:
     held = await actor.controls.read()
-    assert await actor.queue.claim(actor.owner, namespaces=["DEFAULT"], controls=held) == []
+    assert await actor.queue.claims.claim(actor.owner, namespaces=["DEFAULT"], controls=held) == []
 
 
 async def halt(actor: Actor) -> None:
@@ -544,13 +637,14 @@ async def over_rate(actor: Actor) -> None:
 
 async def wake_rated(actor: Actor) -> None:
     await actor.forget_starts()
-    await actor.queue.wake_rated()
+    await actor.queue.claims.wake_rated()
 
 
 scenario("claim-rated", lambda actor: actor.claim(), enqueued(**RATED), find_and_modify=False)
 scenario("claim-over-rate", over_rate, started(**RATED), find_and_modify=True)
 scenario("wake-rated", wake_rated, after(started(**RATED), over_rate))
 scenario("pause", pause, proof=is_paused, repeat=True)
+scenario("stop", lambda actor: actor.controls.stop(actor.owner.id, by="ann"), repeat=True)
 scenario("halt", halt, proof=is_halted, repeat=True)
 scenario("claim-paused", claim_paused, after(enqueued(), pause), find_and_modify=False)
 scenario("claim-paused-in-one", claim_paused, after(enqueued(), pause), find_and_modify=True)
@@ -570,6 +664,7 @@ scenario(
 )
 scenario("token", sign_in, add_user, proof=token_works, repeat=True)
 scenario("ticket", ticket, add_user, repeat=True)
+scenario("word", use_a_word, repeat=True)
 scenario("revoke", sign_out, add_user, repeat=True)
 
 
@@ -639,6 +734,67 @@ scenario("schedule", schedule, proof=is_scheduled, repeat=True)
 scenario("schedule-change", pause_and_resume, schedule, proof=is_scheduled, repeat=True)
 scenario("schedule-delete", unschedule, schedule, proof=is_not_scheduled, repeat=True)
 scenario("schedule-advance", advance, schedule, proof=has_advanced, repeat=True)
+
+
+# ---------------------------------------------------------------------- return queues
+
+RETURNED: dict[str, Any] = {"return_queues": ["q"], "attempts": 1}
+
+
+async def records(actor: Actor, **where: Any) -> list[Any]:
+    return await actor.database.collection(RETURN).find(where).to_list(None)
+
+
+async def dumped_jobs(actor: Actor) -> list[Any]:
+    dump = await dumped(actor.database)
+    return [*dump["queue"], *dump["journal"]]
+
+
+async def put_once(actor: Actor) -> None:
+    """The end of each job is in the queue, once, and tells how it ended."""
+    found = {row["job_id"]: row["status"] for row in await records(actor, due=True)}
+    stored = {row["_id"]: row["state"] for row in await dumped_jobs(actor) if row.get("return_queues")}
+    assert len(found) == len(await records(actor)) == len(stored)
+    assert {each for each, how in found.items() if how == "Completed"} == {
+        each for each, state in stored.items() if state == "complete"
+    }
+
+
+async def take_all(actor: Actor) -> None:
+    """Take one, send one to a broker, empty the queue; a process that tries again says the same."""
+    returns = Returns(actor.database)
+    if not await returns.taken("q", by="ann", token="t"):
+        await returns.take("q", 1, by="ann", token="t")
+    for record in await returns.unsent(1):
+        if await returns.reserve(record):
+            await returns.sent(record["_id"])
+    await returns.reset("q", by="ann")
+
+
+async def all_taken(actor: Actor) -> None:
+    assert await records(actor, due=True) == []
+    assert len(await records(actor, **{"taken.id": "t"})) == 1
+
+
+async def forget_records(actor: Actor) -> None:
+    await Returns(actor.database).forget([row["_id"] for row in await records(actor)])
+
+
+async def none_left(actor: Actor) -> None:
+    assert await records(actor) == []
+
+
+scenario("finish-returned", finish, started(**RETURNED), proof=put_once)
+scenario("kill-returned", kill, enqueued(**RETURNED), proof=put_once)
+scenario(
+    "sweep-returned",
+    lambda actor: actor.queue.outbox.sweep(),
+    after(started(**RETURNED), _without_settling(finish)),
+    proof=put_once,
+)
+two_returned = after(finished("complete", **RETURNED), finished("failed", unique=False, **RETURNED))
+scenario("take-returned", take_all, two_returned, proof=all_taken, repeat=True)
+scenario("forget-returned", forget_records, finished("complete", **RETURNED), proof=none_left, repeat=True)
 
 
 # ---------------------------------------------------------------------- the doctor's repairs
@@ -726,9 +882,46 @@ scenario("message-send", send, publish, proof=one_job_of_it, repeat=True)
 scenario("message-take", ingest, after(publish, send), proof=one_job_of_it, repeat=True)
 scenario("message-bury", ingest, send_malformed, proof=one_dead_letter, repeat=True)
 
+
+# ---------------------------------------------------------------------- functions as source
+
+SHIPPED = sources.read("def shipped(): return 1")
+
+
+async def ship(actor: Actor) -> None:
+    await ActionStore(actor.database).put(SHIPPED, by="chaos", signer="chaos", signature="0" * 64)
+
+
+async def revoke_action(actor: Actor) -> None:
+    await ActionStore(actor.database).revoke(SHIPPED.key, by="chaos")
+
+
+async def forget_actions(actor: Actor) -> None:
+    await ActionStore(actor.database).forget([SHIPPED.key], utcnow() + LATER)
+
+
+async def is_shipped(actor: Actor) -> None:
+    found = await ActionStore(actor.database).get(SHIPPED.key)
+    assert (found["code"], len(found["signatures"])) == (SHIPPED.code, 1)
+
+
+async def action_is_revoked(actor: Actor) -> None:
+    assert (await ActionStore(actor.database).get(SHIPPED.key))["revoked"]["by"] == "chaos"
+
+
+async def action_is_gone(actor: Actor) -> None:
+    with suppress(NotFound):
+        raise AssertionError(await ActionStore(actor.database).get(SHIPPED.key))
+
+
 # ---------------------------------------------------------------------- audit, counts and retention
 
 LATER = timedelta(days=1)  # everything is older than that ago
+
+
+scenario("ship", ship, proof=is_shipped, repeat=True)
+scenario("ship-revoke", revoke_action, ship, proof=action_is_revoked, repeat=True)
+scenario("ship-forget", forget_actions, ship, proof=action_is_gone, repeat=True)
 
 
 async def act_audited(actor: Actor) -> None:
@@ -754,8 +947,12 @@ async def states_are_counted(actor: Actor) -> None:
     assert newest["total"] == 2
 
 
+def retention(actor: Actor) -> Retention:
+    return Retention(actor.queue.store, actor.queue.outbox)
+
+
 async def retire(actor: Actor) -> None:
-    await actor.queue.retire(utcnow() + LATER, 10)
+    await retention(actor).retire(utcnow() + LATER, 10)
 
 
 async def is_retired(actor: Actor) -> None:
@@ -780,15 +977,16 @@ async def decoy(actor: Actor) -> None:
 
 async def forget_decoy(actor: Actor) -> None:
     before = utcnow() - timedelta(hours=1)
-    ids = await actor.queue.forgettable(before, 10)
+    ids = await retention(actor).forgettable(before, 10)
     await actor.logs.forget(ids)
-    await actor.queue.forget(ids, before)
+    await retention(actor).forget(ids, before)
 
 
 async def forget_the_rest(actor: Actor) -> None:
     await actor.events.forget(utcnow() + LATER, 10)
     await actor.events.forget_counts(utcnow() + timedelta(days=8), 10)
     await actor.registry.forget(utcnow() + LATER)
+    await actor.controls.forget_stops(utcnow() + LATER)
     await actor.users.forget_tokens()
 
 
@@ -803,7 +1001,11 @@ scenario("forget-jobs", forget_decoy, decoy, proof=nothing_is_left, repeat=True)
 scenario(
     "forget-the-rest",
     forget_the_rest,
-    after(act_audited, lambda actor: actor.controls.resume("job", NAME)),
+    after(
+        act_audited,
+        lambda actor: actor.controls.resume("job", NAME),
+        lambda actor: actor.controls.stop("gone", by="ann"),
+    ),
     proof=the_rest_is_gone,
     repeat=True,
 )

@@ -19,8 +19,8 @@ from core4.queues import JobQueue
 async def claimer(queue: JobQueue, name: str) -> None:
     """Claim until nothing is left; an empty answer counts only when the queue has no due job."""
     owner = Owner(uuid.uuid4().hex, f"{name}@here", "here", os.getpid())
-    while (await queue.counts()).get("pending"):
-        for job in await queue.claim(owner, namespaces=["DEFAULT"], limit=3):
+    while (await queue.store.counts()).get("pending"):
+        for job in await queue.claims.claim(owner, namespaces=["DEFAULT"], limit=3):
             print(job.id, owner.id, flush=True)
 
 

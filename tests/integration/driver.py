@@ -174,10 +174,10 @@ class Stream:
 
 
 @asynccontextmanager
-async def serving(settings: Settings, database: Database) -> AsyncIterator[Api]:
-    """An API on a free port."""
+async def serving(settings: Settings, database: Database, *, port: int = 0) -> AsyncIterator[Api]:
+    """An API, on a free port if none is given."""
     app = create_app(settings, database)
-    async with listen(app, "127.0.0.1", 0) as port, aiohttp.ClientSession() as session:
+    async with listen(app, "127.0.0.1", port) as port, aiohttp.ClientSession() as session:
         yield Api(app, port, session)
 
 
@@ -210,7 +210,7 @@ class Runner:
 
     async def start(self) -> Attempt:
         """Begin the first job in line."""
-        (job,) = await self.queue.claim(self.owner, namespaces=["DEFAULT"])
+        (job,) = await self.queue.claims.claim(self.owner, namespaces=["DEFAULT"])
         return Attempt(self, await self.queue.start(job, pid=1))
 
 
@@ -246,12 +246,12 @@ OWNER = Owner("owner", "worker@here", "here", 1)
 
 async def claim(queue: JobQueue, limit: int = 10) -> list[Job]:
     """What a worker with so many free slots is given."""
-    return await queue.claim(OWNER, namespaces=["DEFAULT"], limit=limit)
+    return await queue.claims.claim(OWNER, namespaces=["DEFAULT"], limit=limit)
 
 
 async def held(queue: JobQueue, job: Job) -> str | None:
     """Why the job is out of the line."""
-    found: str | None = (await queue.get(job.id)).document.get("held")
+    found: str | None = (await queue.store.get(job.id)).document.get("held")
     return found
 
 

@@ -21,7 +21,7 @@ from core4.retries import Outcome
 
 async def worker(queue: JobQueue, name: str, ledger: int) -> None:
     owner = Owner(uuid.uuid4().hex, f"{name}@here", "here", os.getpid())
-    while claimed := await queue.claim(owner, namespaces=["DEFAULT"], limit=2):
+    while claimed := await queue.claims.claim(owner, namespaces=["DEFAULT"], limit=2):
         for job in claimed:
             started = await queue.start(job, pid=1)
             os.write(ledger, f"{job.id}\n".encode())

@@ -24,12 +24,12 @@ TWO_LINES = 2 * len("+ 0123456789abcdef01234567\n")
 async def worker(queue: JobQueue, name: str, ledger: int) -> None:
     """Work until nothing is left that waits or runs."""
     owner = Owner(uuid.uuid4().hex, f"{name}@here", "here", os.getpid())
-    while (counts := await queue.counts()).get("pending") or counts.get("running"):
-        for job in (claimed := await queue.claim(owner, namespaces=["DEFAULT"])):
+    while (counts := await queue.store.counts()).get("pending") or counts.get("running"):
+        for job in (claimed := await queue.claims.claim(owner, namespaces=["DEFAULT"])):
             await run(queue, job, ledger)
         if not claimed:
             await asyncio.sleep(0.05)  # between two looks, as a worker without work does
-            await queue.wake_held()
+            await queue.claims.wake_held()
 
 
 async def run(queue: JobQueue, job: Job, ledger: int) -> None:

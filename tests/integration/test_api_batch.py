@@ -10,8 +10,8 @@ from bson import ObjectId
 
 from core4.client import Client
 from core4.database import Database
-from core4.queues import QUEUE
 from core4.retries import Outcome
+from core4.store import QUEUE
 from core4.users import UserStore
 from tests.integration.driver import ADMIN, Api, Runner
 
@@ -85,7 +85,7 @@ async def test_a_thousand_and_once_more(api: Api, counted: Runner) -> None:
     assert {each["outcome"] for each in again} == {"replayed"}
     assert [each["_id"] for each in again] == [each["_id"] for each in first[:50]]
     assert len({each["_id"] for each in first}) == 1000
-    assert await counted.queue.counts() == {"pending": 999}
+    assert await counted.queue.store.counts() == {"pending": 999}
 
 
 async def test_a_key_is_that_of_a_single_request(api: Api, counted: Runner) -> None:
@@ -97,6 +97,17 @@ async def test_a_key_is_that_of_a_single_request(api: Api, counted: Runner) -> N
 
     assert same == {"outcome": "replayed", "_id": first.data}
     assert (other["outcome"], other["code"]) == ("refused", "idempotency_key_reused")
+
+
+async def test_a_job_that_nobody_foresaw_costs_the_others_nothing(api: Api, counted: Runner) -> None:
+    """A catalogue that another version has written."""
+    await counted.publish("tests.Broken", schema={"type": "nonsense"})
+    jobs = [*(wish(n, key=f"key-{n}") for n in range(44)), {"qual_name": "tests.Broken", "key": "k"}]
+    answer = await api.call("POST", "/job/batch", json={"jobs": jobs})
+
+    assert [each["outcome"] for each in answer.data] == ["enqueued"] * 44 + ["refused"]
+    assert (answer.data[-1]["status"], answer.data[-1]["code"]) == (500, "internal")
+    assert await counted.queue.store.counts() == {"pending": 44}
 
 
 @pytest.mark.parametrize(
@@ -128,7 +139,7 @@ async def test_the_client_sends_one_and_many(api: Api, counted: Runner) -> None:
     assert [each["outcome"] for each in outcomes] == ["enqueued", "refused"]
     done = await (await counted.start()).finish(Outcome.complete({"n": 0}))
     assert str(done.id) == job_id
-    assert (await counted.queue.get(ObjectId(job_id))).document["result"] == {"n": 0}
+    assert (await counted.queue.store.get(ObjectId(job_id))).document["result"] == {"n": 0}
 
 
 @pytest.mark.row("F11")

@@ -44,25 +44,25 @@ def outcomes(data: dict[str, Any]) -> Counter[str]:
 
 
 async def states(runner: Runner, ids: list[str]) -> list[State]:
-    return [(await runner.queue.get(ObjectId(job_id))).state for job_id in ids]
+    return [(await runner.queue.store.get(ObjectId(job_id))).state for job_id in ids]
 
 
 async def test_kill_by_filter(api: Api, runner: Runner) -> None:
     """Those that match and no others; a dry run before it writes nothing and tells the same."""
     ids = await put(runner, 5)
     wanted = {"args.n": {"lt": 3}}
-    revs = [(await runner.queue.get(ObjectId(job_id))).rev for job_id in ids]
+    revs = [(await runner.queue.store.get(ObjectId(job_id))).rev for job_id in ids]
 
     told = (await call(api, "kill", filter=wanted, dry_run=True)).data
     assert (told["matched"], outcomes(told)["changed"], told["more"]) == (3, 3, None)
     assert [job["_id"] for job in told["jobs"]] == ids[:3]
-    assert [(await runner.queue.get(ObjectId(job_id))).rev for job_id in ids] == revs
+    assert [(await runner.queue.store.get(ObjectId(job_id))).rev for job_id in ids] == revs
 
     done = (await call(api, "kill", filter=wanted)).data
     assert (done["matched"], done["changed"]) == (3, 3)
     assert [job["_id"] for job in done["jobs"]] == ids[:3]
     assert await states(runner, ids) == [State.KILLED] * 3 + [State.PENDING] * 2
-    assert (await runner.queue.get(ObjectId(ids[0]))).document["history"][-1]["by"] == "admin"
+    assert (await runner.queue.store.get(ObjectId(ids[0]))).document["history"][-1]["by"] == "admin"
 
     again = (await call(api, "kill", filter=wanted)).data
     assert outcomes(again) == {"unchanged": 3}
@@ -87,7 +87,7 @@ async def test_what_cannot_be_done_is_told_per_job(api: Api, runner: Runner) -> 
         ("changed", "killed"),
     ]
     await attempt.finish(Outcome.killed("killed on request"))
-    assert (await runner.queue.get(ObjectId(ids[0]))).state is State.KILLED
+    assert (await runner.queue.store.get(ObjectId(ids[0]))).state is State.KILLED
 
 
 async def test_restart_makes_each_job_once(api: Api, runner: Runner) -> None:
@@ -150,6 +150,8 @@ async def test_only_jobs_that_one_may_execute(api: Api, runner: Runner, users: U
         ({"action": 1, "all": True}, "[action] expected as_type [str]"),
         ({"action": "kill"}, "all: true"),
         ({"action": "kill", "filter": {}}, "all: true"),
+        ({"action": "kill", "search": "*"}, "of wildcards only"),
+        ({"action": "kill", "search": "**?"}, "of wildcards only"),
         ({"action": "kill", "filter": {"state": "error"}, "all": True}, "one of the two"),
         ({"action": "kill", "filter": []}, "as_type [dict]"),
         ({"action": "kill", "filter": {"$where": "1"}}, "unknown field"),
@@ -179,7 +181,7 @@ async def test_against_a_worker_that_runs_them(api: Api, runner: Runner, databas
     async def work() -> None:
         await begun.wait()
         await first.finish()
-        while jobs := await runner.queue.claim(runner.owner, namespaces=["DEFAULT"], limit=2):
+        while jobs := await runner.queue.claims.claim(runner.owner, namespaces=["DEFAULT"], limit=2):
             for job in jobs:
                 job = await runner.queue.start(job, pid=1)
                 await runner.queue.finish(job, Outcome.complete(None), log_seq=0)
@@ -224,7 +226,7 @@ async def test_a_database_that_stops_answering(
 ) -> None:
     """What was done is told, nothing of the job at which it stopped; the next call goes on there."""
     ids = [(await queue.enqueue(order(args={"n": n}))).id for n in range(3)]
-    with armed(Faults.parse("lose queues:_cas:update_one 2")):
+    with armed(Faults.parse("lose store:cas:update_one 2")):
         faulty = JobQueue(database, settings)
         report = await bulk.act_on_many(faulty, "kill", {}, bulk.Place.parse(""), limit=100, by="ann")
     assert [(job["_id"], job["outcome"]) for job in report.jobs] == [(ids[0], "changed")]

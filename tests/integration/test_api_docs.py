@@ -11,9 +11,11 @@ from openapi_spec_validator import validate
 
 from core4.api.routes import ROUTES
 from core4.api.system import FILES
+from core4.decorated import entries
 from core4.signatures import schema
 from core4.users import UserStore
 from tests.integration.driver import ADMIN, Api, Runner, basic
+from tests.jobs import etl
 
 BASE = "/core4/api/v1"
 DESCRIPTION = "/openapi.json"
@@ -81,6 +83,27 @@ async def test_a_section_per_namespace(api: Api, runner: Runner) -> None:
     assert names[:2] == ["DEFAULT", "other"]
     assert all(name.startswith("Manager: ") for name in names[2:])
     assert paths[f"{BASE}/job/pull/result"]["get"]["tags"] == ["Manager: results"]
+
+
+@pytest.mark.row("F22")
+async def test_the_namespace_of_a_task_is_in_its_path(api: Api, runner: Runner) -> None:
+    """DEFAULT unless one is named; a function in two has an address in each, and none elsewhere."""
+    published = [entry for task in (etl.basic, etl.twice) for entry in entries(task)]
+    await runner.catalogue.publish([{**entry, "file": "etl.py", "target": "etl.py"} for entry in published])
+    await runner.up_also("DEFAULT:basic", "A:twice", "B:twice")
+    paths = ("DEFAULT/task/basic?a=1&b=2", "A/task/twice?n=1", "B/task/twice?n=1", "DEFAULT/task/twice?n=1")
+    answers = [await api.call("POST", f"/{path}") for path in paths]
+    jobs = [(await api.call("GET", f"/job/{each.data}")).data for each in answers[:3]]
+
+    assert [each.status for each in answers] == [200, 200, 200, 404]
+    assert [job["namespace"] for job in jobs] == ["DEFAULT", "A", "B"]
+    listed = tasks_of(await described(api))
+    assert {path.removeprefix(f"{BASE}/") for path in listed} == {
+        "DEFAULT/task/tests.Job",
+        "DEFAULT/task/basic",
+        "A/task/twice",
+        "B/task/twice",
+    }
 
 
 @pytest.mark.row("F25")
@@ -163,7 +186,7 @@ async def test_enqueue_by_its_own_address(api: Api, runner: Runner) -> None:
         json={"data": {"a": 1}, "rows": ["x"]},
         headers={"Idempotency-Key": "k"},
     )
-    job = await runner.queue.get(ObjectId(answer.data))
+    job = await runner.queue.store.get(ObjectId(answer.data))
 
     assert job.args == {
         "n": 5,
@@ -213,7 +236,7 @@ async def test_wrong_arguments_queue_nothing(
         assert (answer.status, answer.body["type"]) == (422, "urn:core4:problem:bad_arguments")
         error = next(each for each in answer.body["errors"] if each["pointer"] == pointer)
         assert error["message"].startswith(message)
-    assert sum((await runner.queue.counts()).values()) == 0
+    assert sum((await runner.queue.store.counts()).values()) == 0
 
 
 @pytest.mark.parametrize("path", ["/DEFAULT/task/nobody", "/odd/task/extract", "/DEFAULT/task/other:extract"])

@@ -33,7 +33,7 @@ async def test_it_outlives_the_job(api: Api, runner: Runner) -> None:
     again = await api.call("POST", "/job", json=BODY, headers={"Idempotency-Key": "k"})
 
     assert again.data == first.data
-    assert (await runner.queue.get(ObjectId(first.data))).journal
+    assert (await runner.queue.store.get(ObjectId(first.data))).journal
 
 
 async def test_another_body(api: Api, runner: Runner) -> None:
@@ -44,7 +44,7 @@ async def test_another_body(api: Api, runner: Runner) -> None:
 
     assert (answer.status, answer.body["type"]) == (422, "urn:core4:problem:idempotency_key_reused")
     assert first.data in answer.body["detail"]
-    assert await runner.queue.counts() == {"pending": 1}
+    assert await runner.queue.store.counts() == {"pending": 1}
 
 
 async def test_ten_at_once(api: Api, runner: Runner) -> None:
@@ -54,7 +54,7 @@ async def test_ten_at_once(api: Api, runner: Runner) -> None:
 
     assert {answer.status for answer in answers} == {200}
     assert len({answer.data for answer in answers}) == 1
-    assert await runner.queue.counts() == {"pending": 1}
+    assert await runner.queue.store.counts() == {"pending": 1}
 
 
 async def test_a_key_belongs_to_its_user(api: Api, users: UserStore) -> None:
@@ -75,4 +75,26 @@ async def test_bad_keys(api: Api, runner: Runner, key: str) -> None:
     answer = await api.call("POST", "/job", json=BODY, headers={"Idempotency-Key": key})
 
     assert answer.status == 400
-    assert await runner.queue.counts() == {}
+    assert await runner.queue.store.counts() == {}
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e400"])
+async def test_what_is_no_number(api: Api, number: str) -> None:
+    """Refused by its name, in a body and in a query."""
+    key = {"Idempotency-Key": "k", "Content-Type": "application/json"}
+    text = f'{{"qual_name": "tests.Job", "follow": false, "args": {{"n": {number}}}}}'
+    answer = await api.call("POST", "/job", data=text, headers=key)
+    query = {"qual_name": "tests.Job", "follow": "false", "args": f'{{"n": {number}}}'}
+    asked = await api.call("POST", "/job", params=query, headers={"Idempotency-Key": "k"})
+
+    assert (answer.status, asked.status) == (400, 400)
+    assert answer.body["detail"] == f"the body has {number}, which is no finite number"
+
+
+async def test_a_body_of_many_levels(api: Api) -> None:
+    args = "[" * 960 + "]" * 960
+    text = f'{{"qual_name": "tests.Job", "follow": false, "args": {{"n": {args}}}}}'
+    key = {"Idempotency-Key": "k", "Content-Type": "application/json"}
+    answer = await api.call("POST", "/job", data=text, headers=key)
+
+    assert (answer.status, answer.body["detail"]) == (400, "the body is nested deeper than 100 levels")

@@ -27,7 +27,7 @@ async def test_enqueue(api: Api, runner: Runner) -> None:
         json={"qual_name": "tests.Job", "args": {"n": 1}, "follow": False, "priority": 5, "attempts": 3}
         | {"memory_limit": "512MB", "timeout": 90, "backoff": 2},
     )
-    job = await runner.queue.get(ObjectId(answer.data))
+    job = await runner.queue.store.get(ObjectId(answer.data))
 
     assert answer.headers["X-Job-Id"] == answer.data
     assert answer.headers["Location"] == f"/core4/api/v1/job/{answer.data}"
@@ -44,7 +44,7 @@ async def test_options_among_the_arguments(api: Api, runner: Runner) -> None:
     job_id = await api.enqueue(priority=7, n=1)
     own_id = await api.enqueue("tests.Own", priority=7)
 
-    job, own = await runner.queue.get(job_id), await runner.queue.get(own_id)
+    job, own = await runner.queue.store.get(job_id), await runner.queue.store.get(own_id)
     assert (job.priority, job.args) == (7, {"n": 1})
     assert (own.priority, own.args) == (0, {"priority": 7})
 
@@ -55,7 +55,7 @@ async def test_options_of_the_class(api: Api, runner: Runner) -> None:
     answer = await api.call(
         "POST", "/job", json={"qual_name": "tests.Patient", "priority": 2, "follow": False}
     )
-    job = await runner.queue.get(ObjectId(answer.data))
+    job = await runner.queue.store.get(ObjectId(answer.data))
 
     assert (job.attempts, job.priority, job.namespace) == (4, 2, "slow")
 
@@ -94,7 +94,6 @@ async def test_job_exists(api: Api) -> None:
         ({"n": "one"}, "/n"),
         ({"n": 1, "m": 2}, "/m"),
         ({"n": 2**63}, "/n"),
-        ({"n": float("inf")}, "/n"),
         ({"n": 1, "attempts": 0}, "/attempts"),
         ({"n": {"$ref": 1}}, "/n"),
     ],
@@ -112,7 +111,7 @@ async def test_arguments_that_do_not_fit(api: Api, runner: Runner, args: Any, po
 
     assert answer.status == 422, answer.body
     assert pointer in [error["pointer"] for error in answer.body["errors"]]
-    assert await runner.queue.counts() == {}
+    assert await runner.queue.store.counts() == {}
 
 
 async def test_too_large_arguments(api: Api, settings: Settings) -> None:
@@ -333,7 +332,7 @@ async def test_kill_waits_for_the_outcome(api: Api, runner: Runner) -> None:
     job_id = await api.enqueue()
     attempt = await runner.start()
     request = asyncio.create_task(api.call("PUT", f"/job/kill/{job_id}"))
-    while (await runner.queue.get(job_id)).killed_at is None:
+    while (await runner.queue.store.get(job_id)).killed_at is None:
         await asyncio.sleep(0.01)
     assert not request.done()
     await attempt.finish(Outcome.killed("on request"))
@@ -352,7 +351,7 @@ async def test_kill_does_not_wait_for_ever(
         answer = await hasty.call("PUT", f"/job/kill/{job_id}")
 
     assert answer.body["job"] == {"_id": str(job_id), "state": "running", "changed": True}
-    assert (await runner.queue.get(job_id)).killed_at is not None
+    assert (await runner.queue.store.get(job_id)).killed_at is not None
 
 
 async def test_kill_of_what_has_ended(api: Api, runner: Runner) -> None:
@@ -390,7 +389,7 @@ async def test_kill_then_restart_at_once(api: Api, runner: Runner) -> None:
         job_id = await api.enqueue(running=running)
         attempt = await runner.start() if running else None
         kill = asyncio.create_task(api.call("PUT", f"/job/kill/{job_id}"))
-        while (await runner.queue.get(job_id)).killed_at is None:
+        while (await runner.queue.store.get(job_id)).killed_at is None:
             await asyncio.sleep(0.01)
         restart = asyncio.create_task(api.call("PUT", f"/job/restart/{job_id}", json={"follow": False}))
         if attempt:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -9,8 +10,10 @@ from typing import Any
 
 import pytest
 
+from core4.api.keys import SEATS
 from core4.config import Settings
 from core4.database import Database
+from core4.retries import Outcome
 from core4.users import UserStore
 from tests.helpers import eventually_async
 from tests.integration.driver import Answer, Api, Runner, basic, order, serving
@@ -105,6 +108,39 @@ async def test_streams_of_a_user_and_of_the_process(api: Api, runner: Runner) ->
             return answer.status == 200
 
     await eventually_async(again, what="a stream of ann's")
+
+
+async def test_a_request_that_waits_has_a_seat(api: Api, runner: Runner) -> None:
+    """Wherever it waits, it counts like a stream, as long as it waits; to look without waiting is free."""
+    job_id = await api.enqueue()
+    attempt = await runner.start()
+    ann = ("ann", "secret")
+    wait = {"job_id": str(job_id), "timeout": 50}
+    first = asyncio.create_task(api.call("POST", "/job/view/result", auth=ann, json=wait))
+    fills = asyncio.create_task(api.call("POST", "/return/pull/done", auth=ann, json={"timeout": 50}))
+
+    async def both_wait() -> bool:
+        return api.waiting(job_id) + api.waiting("done") == 2  # type: ignore[arg-type]
+
+    await eventually_async(both_wait)
+    for path, body in (
+        ("/job/view/result", wait),
+        ("/job/pull/result", wait),
+        ("/return/pull/done", {"timeout": 50}),
+    ):
+        refused = await api.call("POST", path, auth=ann, json=body)
+        assert (refused.status, refused.headers["Retry-After"]) == (429, "5"), path
+    looked = await api.call("POST", "/job/view/result", auth=ann, json={**wait, "timeout": 0})
+    assert looked.status == 202
+
+    await attempt.finish(Outcome.complete(1))
+    assert (await first).status == 200
+    fills.cancel()
+
+    async def free() -> bool:
+        return api.app[SEATS].open == 0
+
+    await eventually_async(free)
 
 
 async def test_requests_per_second(

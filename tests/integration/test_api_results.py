@@ -95,13 +95,13 @@ async def test_the_end_is_heard_not_looked_for(api: Api, runner: Runner) -> None
     attempt = await runner.start()
     reads = []
     queue = api.queue
-    document = queue.document
+    document = queue.store.document
 
     async def counted(asked: ObjectId) -> Any:
         reads.append(asked)
         return await document(asked)
 
-    queue.document = counted  # type: ignore[method-assign, assignment]
+    queue.store.document = counted  # type: ignore[method-assign, assignment]
     waiting = [asyncio.create_task(ask(api, VIEW, job_id, timeout=REREAD * 0.8)) for _ in range(3)]
     await waited_for(api, job_id, 3)
     before = len(reads)

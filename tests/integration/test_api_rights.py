@@ -33,7 +33,7 @@ async def people(users: UserStore, runner: Runner) -> None:
 
 
 async def secret_job(runner: Runner) -> ObjectId:
-    return (await runner.queue.enqueue(order("tests.Secret", args={"word": SECRET}))).id
+    return (await runner.queue.enqueue(order("tests.Secret", args={"word": SECRET}, request_id=SECRET))).id
 
 
 READS = [
@@ -71,12 +71,12 @@ async def test_writing(api: Api, runner: Runner, who: str, method: str, path: st
     job_id = await secret_job(runner)
     if "restart" in path:
         await runner.queue.kill(job_id, by="test")
-    before = await runner.queue.get(job_id)
+    before = await runner.queue.store.get(job_id)
     answer = await api.call(method, path.format(id=job_id), auth=(who, PASSWORD))
 
     assert answer.status == (200 if who in ("doer", "boss") else 403)
     if answer.status == 403:
-        assert (await runner.queue.get(job_id)).rev == before.rev
+        assert (await runner.queue.store.get(job_id)).rev == before.rev
 
 
 @pytest.mark.row("S25")
@@ -92,7 +92,7 @@ async def test_enqueuing(api: Api, runner: Runner, who: str) -> None:
 
     expected = {"doer": [200, 403], "boss": [200, 404]}.get(who, [403, 403])
     assert [answer.status for answer in answers] == expected
-    assert (await runner.queue.counts()).get("pending", 0) == expected.count(200)
+    assert (await runner.queue.store.counts()).get("pending", 0) == expected.count(200)
 
 
 @pytest.mark.row("S26")
@@ -124,7 +124,24 @@ async def test_masked_journal(api: Api, runner: Runner) -> None:
 
     assert answer.body["total_count"] == 1
     assert answer.data[0]["qual_name"] == "UnauthorizedJob"
+    assert answer.data[0]["request_id"] is None
     assert SECRET not in json.dumps(answer.body)
+
+
+@pytest.mark.parametrize("path", ["/job/view/result", "/job/pull/result"])
+async def test_a_request_has_made_what_one_may_read(api: Api, runner: Runner, path: str) -> None:
+    """A stranger is told what he would be told of a request that never was, and his own job is found."""
+    request_id = "11111111-1111-1111-1111-111111111111"
+    hidden = await runner.queue.enqueue(order("tests.Secret", request_id=request_id))
+    query = {"request_id": request_id, "timeout": "0"}
+    alone = await api.call("GET", path, auth=("stranger", PASSWORD), params=query)
+    own = await runner.queue.enqueue(order("tests.Job", request_id=request_id))
+    answer = await api.call("GET", path, auth=("stranger", PASSWORD), params=query)
+    theirs = await api.call("GET", path, auth=("doer", PASSWORD), params=query)
+
+    assert (alone.status, alone.body["detail"]) == (404, f"request [{request_id}] has made no job")
+    told = [each.body["data"]["job_id"] for each in (answer, theirs)]
+    assert told == [str(own.id), str(hidden.id)]
 
 
 @pytest.mark.row("S26")
@@ -139,6 +156,7 @@ async def test_masked_journal(api: Api, runner: Runner) -> None:
         {"filter": {"qual_name": {"ne": "tests.Job"}}},
         {"filter": {"name": {"in": ["tests.Secret"]}}},
         {"filter": {"prog.message": {"ne": "x"}}},
+        {"filter": {"request_id": {"ne": "x"}}},
         {"search": "secret"},
         {"sort": [["name", 1]]},
     ],
@@ -192,3 +210,25 @@ async def test_withdrawn_rights(api: Api, runner: Runner, users: UserStore) -> N
         return (await api.call("GET", path, auth=("reader", PASSWORD))).status == 403
 
     await eventually_async(refused, 5, what="403")
+
+
+async def test_nobody_holds_the_slots_of_a_job_he_may_not_execute(api: Api, runner: Runner) -> None:
+    """A key that the code declares is shared by names, one that a client sends is not."""
+    limit = {"max_running": 1}
+    await runner.publish("tests.Secret", options=limit)
+    await runner.publish("tests.Shared", options={**limit, "max_running_key": "licence"})
+    await runner.publish("tests.Job", options={"max_running_key": "licence"})
+    for number, key in enumerate(("tests.Secret", "licence", "tests.Job:mine")):
+        body = {"qual_name": "tests.Job", "args": {"n": number}, "follow": False, "max_running_key": key}
+        answer = await api.call("POST", "/job", auth=("stranger", PASSWORD), json={**body, **limit})
+        assert answer.status == 200
+    for name, options in (("tests.Secret", limit), ("tests.Shared", {**limit, "max_running_key": "licence"})):
+        await runner.queue.enqueue(order(name, options=options))
+
+    claimed = await runner.queue.claims.claim(runner.owner, namespaces=["DEFAULT"], limit=9)
+    assert sorted(job.document["slot"] for job in claimed) == [
+        "licence#0",
+        "tests.Job:mine#0",
+        "tests.Job:tests.Secret#0",
+        "tests.Secret#0",
+    ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import quote
@@ -219,6 +220,29 @@ async def test_nobody_takes_over_a_job_that_is_not_his(api: Api, schedules: Sche
     answer = await api.call("PUT", "/schedule/theirs", auth=("doer", PASSWORD), json=SPEC)
     assert answer.status == 403
     assert (await schedules.get("theirs")).document["override"] == {}
+
+
+async def test_a_key_of_slots_is_shared_if_the_code_says_so(
+    api: Api, runner: Runner, schedules: ScheduleStore
+) -> None:
+    await schedules.publish([{**SPEC, "name": "coded", "options": {"max_running_key": "licence"}}])
+    await make(api, "made", options={"max_running_key": "licence"})
+    keys = []
+    for name in ("coded", "made"):
+        job_id = (await api.call("PUT", f"/schedule/trigger/{name}")).data
+        keys.append((await api.detail(job_id))["max_running_key"])
+
+    assert keys == ["licence", "tests.Report:licence"]
+
+
+async def test_arguments_of_many_levels(api: Api) -> None:
+    args = '{"a": ' + "[" * 960 + "]" * 960 + "}"
+    text = json.dumps({**SPEC, "args": 0})
+    kind = {"Content-Type": "application/json"}
+    whole = text.replace('"args": 0', f'"args": {args}')
+    body = await api.call("PUT", "/schedule/x", data=whole, headers=kind)
+    query = await api.call("PUT", "/schedule/x", params={**SPEC, "args": args})
+    assert (body.status, query.status) == (400, 400)
 
 
 # ---------------------------------------------------------------------- lists and previews

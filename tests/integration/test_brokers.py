@@ -14,7 +14,8 @@ from core4.database import Database
 from core4.errors import ConfigError
 from core4.jobs import Job
 from core4.producers import Producer
-from core4.queues import JOURNAL, JobQueue
+from core4.queues import JobQueue
+from core4.store import JOURNAL
 from core4.worker.ingest import Ingest
 from tests import memory_broker
 from tests.helpers import eventually_async

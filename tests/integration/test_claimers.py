@@ -33,7 +33,7 @@ async def run_claimers(url: str, database: str, number: int) -> list[tuple[str, 
 @pytest.mark.row("S37")
 async def test_each_of_500_jobs_is_claimed_once(mongo_url: str, database: Database, queue: JobQueue) -> None:
     """No job has two holders, none is left, and the holder that is stored is the one that was told so."""
-    await queue.prepare()
+    await queue.store.prepare()
     orders = (JobOrder(name="tests.Job", args={"n": n}) for n in range(JOBS))
     wanted = {str((await queue.enqueue(order)).id) for order in orders}
 
@@ -43,5 +43,5 @@ async def test_each_of_500_jobs_is_claimed_once(mongo_url: str, database: Databa
     assert len(claims) == JOBS
     assert {job for job, _ in claims} == wanted
     owners = {owner for _, owner in claims}
-    stored = {(str(job.id), owner) for owner in owners for job in await queue.running(owner)}
+    stored = {(str(job.id), owner) for owner in owners for job in await queue.store.running(owner)}
     assert stored == set(claims)

@@ -11,7 +11,7 @@ import pytest
 from core4.config import Settings
 from core4.controls import Controls, ControlStore, Pause
 from core4.database import Database
-from core4.jobs import Job, Owner
+from core4.jobs import Job, Kind, Owner
 from core4.logs import LogStore
 from core4.queues import JobQueue
 from core4.registry import WorkerRegistry
@@ -38,7 +38,7 @@ async def queue(request: pytest.FixtureRequest, database: Database, settings: Se
     """Both shapes of the claim pass the same tests."""
     database.find_and_modify = request.param
     queue = JobQueue(database, settings)
-    await queue.prepare()
+    await queue.store.prepare()
     return queue
 
 
@@ -60,7 +60,7 @@ async def put(queue: JobQueue, name: str, count: int = 1, **more: object) -> lis
 async def claim(
     queue: JobQueue, controls: Controls, *, limit: int = 5, namespaces: Sequence[str] = ("DEFAULT", "B")
 ) -> list[str]:
-    claimed = await queue.claim(OWNER, namespaces=namespaces, limit=limit, controls=controls)
+    claimed = await queue.claims.claim(OWNER, namespaces=namespaces, limit=limit, controls=controls)
     return [job.name for job in claimed]
 
 
@@ -99,7 +99,7 @@ async def test_what_is_paused_is_not_claimed(
         claimed += found
     assert sorted(set(claimed)) == left
 
-    await queue.unpark(Controls())
+    await queue.claims.unpark(Controls())
     while found := await claim(queue, Controls()):
         claimed += found
     assert sorted(claimed) == ["pro.Job"] * 3 + ["pro.Other", "process.Job"]
@@ -110,7 +110,7 @@ async def test_parked_jobs_are_uncharged_and_pinned_ones_stay_pinned(queue: JobQ
 
     assert await claim(queue, paused("project", "a")) == []
     for job in (free, pinned):
-        found = await queue.get(job.id)
+        found = await queue.store.get(job.id)
         assert (found.state, found.document["held"], found.claims, found.trial) == (
             State.PENDING,
             "paused",
@@ -119,10 +119,10 @@ async def test_parked_jobs_are_uncharged_and_pinned_ones_stay_pinned(queue: JobQ
         )
         assert "due" not in found.document
 
-    assert await queue.unpark(paused("project", "a")) == 0
-    assert await queue.unpark(Controls()) == 2
-    assert (await queue.get(pinned.id)).document["held"] == "worker"
-    assert "held" not in (await queue.get(free.id)).document
+    assert await queue.claims.unpark(paused("project", "a")) == 0
+    assert await queue.claims.unpark(Controls()) == 2
+    assert (await queue.store.get(pinned.id)).document["held"] == "worker"
+    assert "held" not in (await queue.store.get(free.id)).document
     assert await claim(queue, Controls()) == ["a.B", "a.C"]
 
 
@@ -143,7 +143,7 @@ async def test_killed_and_removed_while_parked(queue: JobQueue) -> None:
 
     assert (await queue.kill(first.id, by="ann"))[0].state is State.KILLED
     await queue.remove(second.id, by="ann")
-    assert await queue.unpark(Controls()) == 0
+    assert await queue.claims.unpark(Controls()) == 0
 
 
 @pytest.mark.row("S35")
@@ -200,7 +200,7 @@ async def test_bad_pauses_are_refused(api: Api, body: dict[str, str]) -> None:
 
 @pytest.mark.parametrize(
     ("method", "path"),
-    [("GET", ""), ("PUT", "/pause"), ("PUT", "/resume"), ("PUT", "/halt")],
+    [("GET", ""), ("PUT", "/pause"), ("PUT", "/resume"), ("PUT", "/halt"), ("PUT", "/halt/one")],
 )
 async def test_only_administrators_control(api: Api, method: str, path: str) -> None:
     await api.users.add("ann", "secret", ["job://.*/x"])
@@ -233,7 +233,7 @@ async def test_a_worker_starts_nothing_that_is_paused(
         held = await house.enqueue("answer")
 
         assert (await house.reach(slow)).state is State.COMPLETE
-        assert (await house.queue.get(held)).state is State.PENDING
+        assert (await house.queue.store.get(held)).state is State.PENDING
         await controls.resume(scope, where)
         assert (await house.reach(held)).state is State.COMPLETE
 
@@ -276,8 +276,38 @@ async def test_no_schedule_fires_while_it_is_paused(
     scheduler._clock = clock
     now[0] += timedelta(minutes=1)
     assert await scheduler.step() is None
-    assert await runner.queue.counts() == {}
+    assert await runner.queue.store.counts() == {}
 
     controls = Controls()
     await scheduler.step()
-    assert await runner.queue.counts() == {"pending": 1}
+    assert await runner.queue.store.counts() == {"pending": 1}
+
+
+@pytest.mark.row("M36", "M40")
+async def test_workers_are_found_by_their_fields_and_told_to_end(
+    api: Api, runner: Runner, registry: WorkerRegistry
+) -> None:
+    """What one runs is told to those who may read it; who has ended cannot be told to end."""
+    other = Owner("other", "worker@there", "there", 7, Kind(type="tmux", nr=5))
+    await registry.enlist(other)
+    job_id = await api.enqueue()
+    await runner.start()
+
+    async def labels(query: str) -> list[str]:
+        return [row["label"] for row in (await api.call("GET", f"/worker?{query}")).data]
+
+    found = [await labels(query) for query in ("status=BUSY", "status=NEW", 'filter={"type": "tmux"}')]
+    (busy,) = (await api.call("GET", "/worker?status=BUSY")).data
+    told = (await api.call("PUT", "/control/halt/other", json={"hard": True, "reason": "move"})).data
+    (row,) = (await api.call("GET", "/worker?status=NEW")).data
+    await registry.leave(other)
+    refused = await api.call("PUT", "/control/halt/other")
+
+    assert found == [["w1"], ["w5"], ["w5"]]
+    assert (busy["_id"], busy["current"]) == (runner.owner.id, [str(job_id)])
+    assert (told["hard"], told["by"], told["reason"]) == (True, "admin", "move")
+    assert row["halt"] == told
+    assert (refused.status, await labels("status=HALTED")) == (409, ["w5"])
+    assert (await api.call("PUT", "/control/halt/nobody")).status == 404
+    assert (await api.call("GET", "/worker?status=ASLEEP")).status == 400
+    assert (await api.call("GET", '/worker?filter={"slot": 1}')).status == 400

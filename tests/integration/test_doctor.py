@@ -21,15 +21,17 @@ from core4.events import EventStore
 from core4.findings import KINDS, Finding
 from core4.jobs import Job, JobOrder, utcnow
 from core4.logs import Line
-from core4.queues import JOURNAL, QUEUE, JobQueue
+from core4.queues import JobQueue
+from core4.repairs import Repairs
 from core4.sanity import flaws
 from core4.states import FINAL, WAITING, State
+from core4.store import JOURNAL, QUEUE
 from core4.users import UserStore
 from tests.chaos.checker import check
 from tests.chaos.client import NAME, Actor, new_owner
 from tests.chaos.evidence import opened
 from tests.chaos.recovery import gathered, recover
-from tests.helpers import clean_environ, program
+from tests.helpers import clean_environ, program, unsettled
 from tests.integration.driver import Api, Runner
 from tests.integration.test_worker import House, house
 from tests.integration.test_worker_faults import Bench, bench, worker
@@ -80,8 +82,8 @@ class Ward:
         """Claim the job of this key and no other; None if it is put aside."""
         document = await self.queue.find_one({"args.key": key, "state": {"$in": sorted(WAITING)}})
         assert document is not None
-        (taken,) = await self.actor.queue._take(self.actor.owner, [document], 1)
-        return await self.actor.queue._admitted(taken)
+        (taken,) = await self.actor.queue.claims.take(self.actor.owner, [document], 1)
+        return await self.actor.queue.claims.admitted(taken)
 
     async def claimed_of(self, key: str) -> Job:
         job = await self.claim(key)
@@ -125,7 +127,7 @@ class Ward:
         for table, journal in ((self.queue, False), (self.journal, True)):
             for document in await table.find({}).to_list(None):
                 assert not flaws(Job.from_document(document, journal=journal))
-        running = await self.actor.queue.running(self.actor.owner.id)
+        running = await self.actor.queue.store.running(self.actor.owner.id)
         for job in running:  # what the healthy worker runs ends as well
             await self.actor.finish(job) if job.claims == 0 else await self.actor.run(job)
         await recover(self.actor)
@@ -219,7 +221,9 @@ async def a_state_changed_and_what_showed_it_mended(ward: Ward) -> ObjectId:
     """A repair of something else does not make a history that cannot be."""
     job_id = await ward.pending()
     await ward.set("queue", job_id, state="error")
-    await ward.actor.queue.mend(job_id, by="ann")  # it is not in line any more
+    await Repairs(ward.actor.queue.store, ward.actor.queue.outbox).mend(
+        job_id, by="ann"
+    )  # it is not in line any more
     return job_id
 
 
@@ -289,15 +293,8 @@ async def its_place_is_taken(ward: Ward) -> ObjectId:
 
 async def _half(ward: Ward, step: Callable[[], Awaitable[Any]]) -> None:
     """The first half of an operation whose process died in the middle."""
-    queue = ward.actor.queue
-    whole = queue._try_settle, queue._settle
-
-    async def later(job: Job) -> Any:
-        return 0
-
-    queue._try_settle = queue._settle = later  # type: ignore[method-assign]
-    await step()
-    queue._try_settle, queue._settle = whole  # type: ignore[method-assign]
+    with unsettled(ward.actor.queue):
+        await step()
 
 
 @plant("unsettled")
@@ -514,7 +511,7 @@ async def test_a_child_that_may_have_been_deleted_long_ago_is_not_run_again(ward
     await ward.furnish()
     ward.key = "old"
     parent = await a_child_that_is_not_there(ward)
-    rows = (await ward.actor.queue.get(parent)).document["history"]
+    rows = (await ward.actor.queue.store.get(parent)).document["history"]
     old = [{**row, "at": row["at"] - 31 * 24 * HOUR} for row in rows]
     await ward.set("journal", parent, history=old)
 
@@ -645,7 +642,7 @@ async def test_on_the_command_line(
     found = json.loads(await run("--repair", "-o", "json", code=0))
     assert [(row["kind"], row["_id"]) for row in found["repaired"]] == [("line", str(job.id))]
     assert [(row["kind"], row["wrong"]) for row in found["findings"]] == [("unserved", False)]
-    assert (await queue.get(job.id)).document["history"][-1]["by"].startswith("doctor (")
+    assert (await queue.store.get(job.id)).document["history"][-1]["by"].startswith("doctor (")
     none, silent = await asyncio.gather(
         run(code=2, CORE4_MONGO_URL="", CORE4_HOME=str(tmp_path)),
         run(code=2, CORE4_MONGO_URL="mongodb://127.0.0.1:9/"),

@@ -83,14 +83,14 @@ async def test_a_line_that_could_not_be_told_is_told_by_a_sweep(
     """The action holds, its line is derived from the document, and however often it is told it is one."""
     with armed(Faults.parse(f"{verb} events:add:insert_many 0")) as faults:
         queue = JobQueue(database, settings)
-        await queue.prepare()
+        await queue.store.prepare()
         job = await queue.enqueue(order(args={"n": 1}))
         with identifiers.about(request_id="r1"):
             await queue.kill(job.id, by="bob")
         await faults.landed()
 
-    await JobQueue(database, settings).sweep()
-    await JobQueue(database, settings).sweep()
+    await JobQueue(database, settings).outbox.sweep()
+    await JobQueue(database, settings).outbox.sweep()
     stored = await database.collection("sys.queue").find_one({"_id": job.id})
     assert stored is not None
     assert "audit" not in stored
@@ -104,14 +104,14 @@ async def test_no_job_leaves_the_queue_untold(
 ) -> None:
     """Somebody died after the insert: the line comes with the move to the journal."""
     queue = JobQueue(database, settings)
-    await queue.prepare()
+    await queue.store.prepare()
     job = await queue.enqueue(order(args={"n": 1}))
     await database.collection("sys.event").delete_many({})
-    (held,) = await queue.claim(OWNER, namespaces=["DEFAULT"])
+    (held,) = await queue.claims.claim(OWNER, namespaces=["DEFAULT"])
     await queue.finish(await queue.start(held), Outcome.complete(1), log_seq=0)
 
     assert await told(events) == [("job.enqueue", "ann")]
-    assert (await queue.get(job.id)).journal
+    assert (await queue.store.get(job.id)).journal
 
 
 async def test_poison_and_rescue_are_told(
@@ -122,7 +122,7 @@ async def test_poison_and_rescue_are_told(
     for _ in range(3):
         await database.collection("sys.queue").update_many({}, {"$set": {"query_at": utcnow()}})
         await queue.promote()
-        (held,) = await queue.claim(OWNER, namespaces=["DEFAULT"])
+        (held,) = await queue.claims.claim(OWNER, namespaces=["DEFAULT"])
         await queue.start(held)
         await queue.rescue(registry.alive_ids)
 
@@ -291,11 +291,11 @@ async def test_history_tells_all_of_an_attempt(queue: JobQueue, registry: Worker
     """Its lease, worker, start, end and reason, in the entry with which it ended."""
     started, state, end = ENDS[way]
     await queue.enqueue(order(options={"attempts": 2}))
-    (held,) = await queue.claim(OWNER, namespaces=["DEFAULT"])
+    (held,) = await queue.claims.claim(OWNER, namespaces=["DEFAULT"])
     assert held.lease is not None
     await end(queue, held, registry)
 
-    job = await queue.get(held.id)
+    job = await queue.store.get(held.id)
     (claimed,) = [
         entry
         for entry in job.document["history"]
@@ -393,3 +393,19 @@ def test_the_enqueue_is_told_however_long_the_history() -> None:
 
     assert (first["name"], first["author"], first["data"]) == ("job.enqueue", "ann", {"force": True})
     assert (second["name"], second["author"], second["_id"]) == ("job.kill", "bob", f"{document['_id']}.500")
+
+
+async def test_a_pull_is_told_and_a_look_is_not(api: Api, runner: Runner, events: EventStore) -> None:
+    """Who has taken a result, and by which request; once."""
+    first, second = [await api.enqueue(n=n) for n in range(2)]
+    for _ in range(2):
+        await (await runner.start()).finish(Outcome.complete(1))
+    await api.call("POST", "/job/view/result", json={"job_id": str(first)})
+    for job_id in (first, first, second):
+        headers = {"X-Request-ID": f"pull-{job_id}"}
+        await api.call("POST", "/job/pull/result", json={"job_id": str(job_id)}, headers=headers)
+
+    page = await events.page({"name": "job.pull"}, per_page=10)
+    assert sorted((row["job_id"], row["author"], row["request_id"]) for row in page.rows) == sorted(
+        (str(job_id), ADMIN[0], f"pull-{job_id}") for job_id in (first, second)
+    )

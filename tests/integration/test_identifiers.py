@@ -44,7 +44,7 @@ async def enqueue(session: aiohttp.ClientSession, url: str, headers: dict[str, s
 
 async def ended(queue: JobQueue, job_id: str) -> Job:
     async def look() -> Job | None:
-        job = await queue.get(ObjectId(job_id))
+        job = await queue.store.get(ObjectId(job_id))
         return job if job.state in (State.COMPLETE, State.ERROR) else None
 
     found = await eventually_async(look, what="the job ends")

@@ -18,7 +18,8 @@ from core4.database import Database
 from core4.inbox import INBOX, Inbox
 from core4.jobs import Job
 from core4.producers import Producer
-from core4.queues import QUEUE, JobQueue
+from core4.queues import JobQueue
+from core4.store import QUEUE
 from core4.users import UserStore
 from core4.worker.ingest import Ingest
 from tests.helpers import eventually_async
@@ -258,7 +259,7 @@ async def test_the_same_message_again_makes_no_second_job(
 
     assert letter[0] == "idempotency_key_reused"
     assert await jobs(database) == []
-    assert (await queue.get(job.id)).journal
+    assert (await queue.store.get(job.id)).journal
 
 
 async def test_rights_come_from_the_settings_not_from_the_message(
@@ -292,15 +293,49 @@ async def test_another_namespace_only_where_that_is_allowed(
 async def test_random_messages_end_nothing(
     post: Post, published: Runner, database: Database, settings: Settings
 ) -> None:
-    """Every one of them becomes a dead letter; what comes afterwards becomes a job."""
+    """Every one of them becomes a dead letter with a reason; what comes afterwards becomes a job."""
     dice = random.Random(7)
-    count = 200
-    await post.put(*(dice.randbytes(dice.randrange(1, 200)) for _ in range(count)))
+    count = 200 if post.is_inbox else 2000
+    await post.put(*(_malformed(dice) for _ in range(count)))
     await post.put(b'{"name": "tests.Counted", "args": [1]}')
 
-    async with ingesting(database, settings, post):
-        await reach(database, 1)
-        letters = await buried(post, count)
+    async with ingesting(database, settings, post, broker_patience=0.1):
+        await reach(database, 1, timeout=60)
+        letters = await buried(post, count, timeout=60)
 
     assert len(letters) == count
+    assert all(reason and detail for reason, detail, _ in letters)
+    assert {reason for reason, _, _ in letters} >= {"bad_message", "invalid_json", "bad_arguments"}
     assert len(await jobs(database)) == 1
+
+
+def _malformed(dice: random.Random) -> bytes:
+    """Noise, a right message with a byte too few or a foreign one, or JSON that says something else."""
+    right = json.dumps({"name": "tests.Counted", "args": [1], "kwargs": {"text": "x"}}).encode()
+    values: list[Any] = [
+        None,
+        True,
+        -1,
+        1e300,
+        "",
+        "x" * 300,
+        "$where",
+        [],
+        [[]],
+        {},
+        {"$ref": 1},
+        "\x00",
+        "\ud800",
+    ]
+    match dice.randrange(4):
+        case 0:
+            return dice.randbytes(dice.randrange(1, 200))
+        case 1:
+            return right[: dice.randrange(len(right))]
+        case 2:
+            at = dice.randrange(len(right))
+            return right[:at] + bytes([dice.randrange(128, 256)]) + right[at + 1 :]
+    names = ["name", "namespace", "args", "kwargs", "job", "priority", "attempts", "options", "request_id"]
+    wish = {name: dice.choice(values) for name in dice.sample(names, dice.randrange(1, 5))}
+    # A name that is published, with arguments that it does not take.
+    return json.dumps({"name": "tests.Counted", "args": ["no"], **wish, "kwargs": {"other": 1}}).encode()

@@ -365,7 +365,7 @@ async def test_an_innocent_job_is_evicted_three_times_at_most(house: InlineHouse
         for trial in range(1, 4):
 
             async def again(trial: int = trial) -> bool:
-                job = await house.queue.get(other)
+                job = await house.queue.store.get(other)
                 return job.trial == trial and job.claims == 0 and job.state is State.RUNNING
 
             await eventually_async(again, what=f"attempt {trial} runs")
@@ -379,7 +379,7 @@ async def test_an_innocent_job_is_evicted_three_times_at_most(house: InlineHouse
 
 
 async def runs_again(house: InlineHouse, job_id: ObjectId, trial: int) -> bool:
-    return (await house.queue.get(job_id)).trial == trial
+    return (await house.queue.store.get(job_id)).trial == trial
 
 
 # ---------------------------------------------------------------------- hostile
@@ -419,9 +419,9 @@ async def test_a_worker_that_stops_gives_its_inline_jobs_back(house: InlineHouse
             await running.task
         await gone(host)
 
-    assert (await house.queue.get(polite)).document["result"] == "tidied up"
+    assert (await house.queue.store.get(polite)).document["result"] == "tidied up"
     for job_id in (waiting, stubborn):
-        job = await house.queue.get(job_id)
+        job = await house.queue.store.get(job_id)
         assert (job.state, job.attempts_left, job.crashes) == (State.PENDING, 1, 0)
         assert "the worker stops" in reasons(job)
 
@@ -430,7 +430,7 @@ async def test_a_lost_lease_ends_one_job_and_not_its_host(house: InlineHouse, tm
     async with house.inline() as running:
         other, gate, host = await house.neighbour(tmp_path)
         lost, _, _ = await house.neighbour(tmp_path)
-        held = await house.queue.get(lost)
+        held = await house.queue.store.get(lost)
         await house.database.collection("sys.queue").update_one(
             {"_id": lost}, {"$set": {"lease.id": "stolen", "lease.owner": "thief"}, "$inc": {"rev": 1}}
         )
@@ -441,7 +441,7 @@ async def test_a_lost_lease_ends_one_job_and_not_its_host(house: InlineHouse, tm
         await eventually_async(dropped, what="the worker gives the lost job up")
         gate.touch()
         neighbour = await house.reach(other)
-        after = await house.queue.get(lost)
+        after = await house.queue.store.get(lost)
 
     assert held.lease is not None
     assert (neighbour.state, neighbour.trial, neighbour.document["result"]["pid"]) == (
@@ -479,7 +479,7 @@ async def test_kill_9_of_the_worker_leaves_no_process(
     await house.registry.bury(-60)
     await house.queue.rescue(house.registry.alive_ids)
     for job_id in (waiting, spinning):
-        job = await house.queue.get(job_id)
+        job = await house.queue.store.get(job_id)
         assert (job.state, job.crashes) == (State.PENDING, 1)
 
 
@@ -551,7 +551,7 @@ async def test_limits_of_parallel_runs_hold(house: InlineHouse, tmp_path: Path) 
             first = await house.put("meets", options=options, pidfile=str(folder), value=2)
             second = await house.put("meets", options=options, pidfile=str(folder), value=1)
             await eventually_async(partial(seen, folder), what="one of them runs")
-            assert (await house.queue.get(second)).state is not State.COMPLETE
+            assert (await house.queue.store.get(second)).state is not State.COMPLETE
             (folder / "third").touch()
             assert (await house.reach(first)).state is State.COMPLETE
             assert (await house.reach(second)).state is State.COMPLETE

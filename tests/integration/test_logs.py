@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import pytest
 from bson import ObjectId
 
@@ -114,11 +117,23 @@ async def test_pages_cut_lines_not_chunks(logs: LogStore) -> None:
     assert (await logs.page(ObjectId())).total == 0
 
 
-async def test_pages_by_level(logs: LogStore) -> None:
-    """Only lines at least that grave are counted and shown."""
+@pytest.mark.parametrize("descending", [False, True])
+async def test_pages_of_lines_to_keep(logs: LogStore, descending: bool) -> None:
+    """Each page is what it would be of a list; however many lines there are, each is looked at twice."""
     job = make_job()
-    first = jobs.first_seq(1)
-    levels = ["DEBUG", "INFO", "ERROR"] * 4
-    await logs.append(job, "here", [Line(first + n, 1.0, level, level) for n, level in enumerate(levels)])
-    page = await logs.page(job.id, level="INFO", per_page=3)
-    assert (page.total, [row["level"] for row in page.rows]) == (8, ["INFO", "ERROR", "INFO"])
+    for start in range(0, 6000, 3000):
+        await logs.append(job, "here", make_lines(3000, start))
+    looked_at = 0
+
+    def odd(line: Mapping[str, Any]) -> bool:
+        nonlocal looked_at
+        looked_at += 1
+        return int(line["seq"]) % 2 == 1
+
+    wanted = [f"line {n}" for n in range(6000) if (jobs.first_seq(1) + n) % 2 == 1]
+    wanted = wanted[::-1] if descending else wanted
+    for number, expected in ((0, wanted[:7]), (3, wanted[21:28]), (-1, wanted[2996:]), (429, []), (-430, [])):
+        looked_at = 0
+        page = await logs.page(job.id, page=number, per_page=7, descending=descending, keep=odd)
+        assert (page.total, [row["message"] for row in page.rows]) == (3000, expected)
+        assert looked_at <= 12_000

@@ -32,10 +32,12 @@ from core4.config import Settings
 from core4.database import Database
 from core4.errors import Conflict, Core4Error, JobExists, JobNotFound, LeaseLost, ResultGone
 from core4.jobs import Job, JobOrder, Owner, derived_id, utcnow
-from core4.queues import JOURNAL, QUEUE, JobQueue
+from core4.queues import JobQueue
+from core4.retention import Retention
 from core4.retries import Outcome
 from core4.sanity import flaws
 from core4.states import FINAL, STOPPED, WAITING, Flag, State
+from core4.store import JOURNAL, QUEUE
 
 EXAMPLES = int(os.environ.get("CORE4_TEST_EXAMPLES", "60"))
 # Hypothesis leaves rules out for whole examples: batches with other seeds until everything was reached.
@@ -78,6 +80,8 @@ class Row:
     trial: int = 0
     flags: set[str] = field(default_factory=set)
     pulled: bool = False
+    dependencies: list[ObjectId] = field(default_factory=list)
+    waits: list[ObjectId] = field(default_factory=list)  # those that have not completed
     written: set[str] = field(default_factory=set)
 
     def shown(self) -> dict[str, Any]:
@@ -98,7 +102,12 @@ class Row:
             "trial": self.trial,
             "flags": self.flags,
             "pulled": self.pulled,
+            "waits": self.waits,
         }
+
+    @property
+    def ended(self) -> bool:
+        return self.state in FINAL or (self.removed and self.state is not State.RUNNING)
 
     @property
     def open(self) -> bool:
@@ -123,19 +132,25 @@ def stored(document: dict[str, Any], *, journal: bool) -> dict[str, Any]:
         "trial": document["trial"],
         "flags": {flag for flag in FLAGS if document[f"{flag}_at"] is not None},
         "pulled": document.get("consumed") is not None,
+        "waits": document.get("open_deps", []),
     }
 
 
-class CountingQueue(JobQueue):
-    """Notes which moves were made."""
+MOVES: Counter[tuple[str, str, str]] = Counter()  # that were made; a wait for what is only promised counts
 
-    moves: ClassVar[Counter[tuple[str, str, str]]] = Counter()
 
-    async def _cas(self, seen: Job, change: transitions.Change) -> Job | None:
-        after = await super()._cas(seen, change)
+def counted(queue: JobQueue) -> JobQueue:
+    """The queue, which notes its moves in `MOVES` from now on."""
+    write = queue.store.cas
+
+    async def noted(seen: Job, change: transitions.Change) -> Job | None:
+        after = await write(seen, change)
         if after is not None:
-            self.moves[change.move, seen.state.value, after.state.value] += 1
+            MOVES[change.move, seen.state.value, after.state.value] += 1
         return after
+
+    queue.store.cas = noted  # type: ignore[method-assign]
+    return queue
 
 
 class QueueMachine(RuleBasedStateMachine):
@@ -143,7 +158,7 @@ class QueueMachine(RuleBasedStateMachine):
 
     runner: ClassVar[asyncio.Runner]
     database: ClassVar[Database]
-    queue: ClassVar[CountingQueue]
+    queue: ClassVar[JobQueue]
     refused: ClassVar[Counter[tuple[str, str]]] = Counter()
 
     def __init__(self) -> None:
@@ -152,6 +167,7 @@ class QueueMachine(RuleBasedStateMachine):
         self.handles: list[Job] = []
         self.owners: list[Owner] = []
         self.touched: Row | None = None
+        self.judged: dict[ObjectId, dict[str, Any]] = {}  # documents without a flaw
 
     def do(self, awaitable: Awaitable[Any]) -> Any:
         async def run() -> Any:
@@ -159,9 +175,11 @@ class QueueMachine(RuleBasedStateMachine):
 
         return self.runner.run(run())
 
-    def raw(self, row: Row, **fields: Any) -> None:
-        """What time does to a document, at once."""
-        self.do(self.database.collection(QUEUE).update_one({"_id": row.id}, {"$set": fields}))
+    def raw(self, *rows: Row, **fields: Any) -> None:
+        """What time does to documents, at once."""
+        if rows:
+            where = {"_id": {"$in": [row.id for row in rows]}}
+            self.do(self.database.collection(QUEUE).update_many(where, {"$set": fields}))
 
     def expect(
         self, op: str, state: str, error: type[Core4Error] | None, call: Callable[[], Awaitable[Any]]
@@ -183,12 +201,15 @@ class QueueMachine(RuleBasedStateMachine):
 
     @initialize()
     def start_empty(self) -> None:
-        for name in (QUEUE, JOURNAL):
-            self.do(self.database.collection(name).delete_many({}))
+        self.do(self.emptied())
         self.owners = [self.new_owner(number) for number in range(2)]
         # Without a job nothing can happen, and hypothesis leaves a rule out for whole examples.
         for key in "abc":
             self.enqueue(key, key != "c", 0)
+
+    async def emptied(self) -> None:
+        tables = (self.database.collection(name) for name in (QUEUE, JOURNAL))
+        await asyncio.gather(*(table.delete_many({}) for table in tables))
 
     def new_owner(self, number: int) -> Owner:
         return Owner(ObjectId().__str__(), f"worker{number}@here", "here", 1)
@@ -208,6 +229,28 @@ class QueueMachine(RuleBasedStateMachine):
         job = self.expect("enqueue", "taken", JobExists if taken else None, lambda: self.queue.enqueue(order))
         if job is not None:
             self.rows.append(Row(job.id, key, keep, priority))
+
+    @precondition(lambda self: sum(row.open for row in self.rows) < MANY)
+    @rule(key=st.sampled_from("abcd"), keep=st.booleans(), chosen=st.lists(picks, min_size=1, max_size=2))
+    def enqueue_after(self, key: str, keep: bool, chosen: list[int]) -> None:
+        """A job that waits for one or two others, whatever has become of them."""
+        # The first may still complete, if there is such a one: else this one fails at once.
+        left = [row for row in self.rows if row.open and not row.killed and not row.removed]
+        first = left[chosen[0] % len(left)] if left else self.row(chosen[0])
+        before = [first, *(self.row(pick) for pick in chosen[1:])]
+        taken = any(row.key == key and row.holds for row in self.rows)
+        order = JobOrder(
+            name="tests.Job",
+            args={"key": key},
+            options={"attempts": ATTEMPTS},
+            keep_stopped=keep,
+            dependencies=[row.id for row in before],
+        )
+        job = self.expect("enqueue", "taken", JobExists if taken else None, lambda: self.queue.enqueue(order))
+        if job is not None:
+            self.touched = row = Row(job.id, key, keep, 0, dependencies=[each.id for each in before])
+            self.rows.append(row)
+            self.block(row)
 
     @precondition(lambda self: self.rows)
     @rule(pick=picks)
@@ -274,16 +317,17 @@ class QueueMachine(RuleBasedStateMachine):
             row.removed = True
             if row.state is not State.RUNNING:
                 row.due = row.later = row.holds = False
+                row.waits = []
                 self.settle(row)
+                self.release_waiters(row)
 
     @precondition(lambda self: self.rows)
     @rule(pick=picks)
     def consume(self, pick: int) -> None:
         row = self.row(pick)
-        ended = row.state in FINAL or (row.removed and row.state is not State.RUNNING)
-        error = None if ended and not row.pulled else ResultGone if ended else Conflict
+        error = None if row.ended and not row.pulled else ResultGone if row.ended else Conflict
         self.expect("consume", row.state.value, error, lambda: self.queue.consume(row.id, by="ann"))
-        row.pulled = row.pulled or ended
+        row.pulled = row.pulled or row.ended
 
     @precondition(lambda self: self.rows)
     @rule(
@@ -307,11 +351,62 @@ class QueueMachine(RuleBasedStateMachine):
             self.start(1)
             self.finish(1, kind)
 
+    @precondition(lambda self: any(row.waits for row in self.rows))
+    @rule(number=st.integers(0, 1), times=st.integers(1, 3))
+    def work_off(self, number: int, times: int) -> None:
+        """What the blocked ones hope for."""
+        for _ in range(times):
+            self.work(number, "complete")
+            self.the_same()
+
+    @precondition(lambda self: any(row.waits for row in self.rows))
+    @rule(button=st.sampled_from(("kill", "restart", "remove")))
+    def press_blocked(self, button: str) -> None:
+        self.touched = next(row for row in self.rows if row.waits)
+        getattr(self, button)(1)
+
+    def waits_for_running(self) -> list[tuple[Row, Row]]:
+        """Blocked rows, each with one that it waits for and that somebody runs."""
+        running = {row.id: row for row in self.rows if row.state is State.RUNNING}
+        return [(row, running[each]) for row in self.rows for each in row.waits if each in running]
+
+    @precondition(lambda self: self.waits_for_running())
+    @rule()
+    def press_both(self) -> None:
+        """One that is blocked and what it waits for: both are killed, and told to run again."""
+        blocked, running = self.waits_for_running()[0]
+        for row, button in ((blocked, "kill"), (running, "kill"), (running, "restart"), (blocked, "restart")):
+            self.touched = row
+            getattr(self, button)(1)
+            self.the_same()
+
+    @rule(number=st.integers(0, 1))
+    def exhaust(self, number: int) -> None:
+        """A job that fails until nothing is left of its attempts, if no other gets between."""
+        for _ in range(ATTEMPTS):
+            self.work(number, "failed")
+            self.promote()
+
+    def is_stale(self, job: Job) -> bool:
+        assert job.lease is not None
+        return all(row.lease != job.lease.id for row in self.rows)
+
+    @precondition(lambda self: any(map(self.is_stale, self.handles)))
+    @rule(pick=picks)
+    def come_late(self, pick: int) -> None:
+        """Somebody who lost a job and does not know: all is refused."""
+        stale = [job for job in self.handles if self.is_stale(job)]
+        job = stale[-1 - pick % min(len(stale), 5)]
+        state = next(row.state.value for row in self.rows if row.id == job.id)
+        self.expect("start", state, LeaseLost, lambda: self.queue.start(job))
+        self.expect("progress", state, LeaseLost, lambda: self.queue.progress(job, 0.5, "half"))
+        self.expect("release", state, LeaseLost, lambda: self.queue.release(job, reason="late"))
+
     @rule(number=st.integers(0, 1))
     def claim(self, number: int) -> None:
         line = [row for row in self.rows if row.due]
         expected = min(line, key=lambda row: (-row.priority, self.rows.index(row))) if line else None
-        jobs = self.do(self.queue.claim(self.owners[number], namespaces=["DEFAULT"]))
+        jobs = self.do(self.queue.claims.claim(self.owners[number], namespaces=["DEFAULT"]))
         assert [job.id for job in jobs] == ([expected.id] if expected else [])
         if expected is not None:
             (job,) = jobs
@@ -407,10 +502,10 @@ class QueueMachine(RuleBasedStateMachine):
 
     @rule()
     def promote(self) -> None:
-        for row in self.rows:
-            if row.later:
-                self.raw(row, query_at=utcnow() - timedelta(seconds=1))
-                row.due, row.later = True, False
+        later = [row for row in self.rows if row.later]
+        self.raw(*later, query_at=utcnow() - timedelta(seconds=1))
+        for row in later:
+            row.due, row.later = True, False
         self.do(self.queue.promote())
 
     @precondition(lambda self: any(row.state is State.DEFERRED and not row.journal for row in self.rows))
@@ -429,7 +524,7 @@ class QueueMachine(RuleBasedStateMachine):
         row = stopped[pick % len(stopped)]
         before = utcnow() - timedelta(days=30)
         self.raw(row, stopped_at=before - timedelta(seconds=1))
-        assert self.do(self.queue.retire(before, 10)) == 1
+        assert self.do(Retention(self.queue.store, self.queue.outbox).retire(before, 10)) == 1
         row.journal, row.holds = True, False
 
     @rule(number=st.integers(0, 1))
@@ -459,7 +554,7 @@ class QueueMachine(RuleBasedStateMachine):
     @rule()
     def sweep(self) -> None:
         """Nothing died half way: there is nothing to sweep."""
-        assert self.do(self.queue.sweep()) == 0
+        assert self.do(self.queue.outbox.sweep()) == 0
 
     # ------------------------------------------------------------------ the model's own moves
 
@@ -469,9 +564,11 @@ class QueueMachine(RuleBasedStateMachine):
 
     def end(self, row: Row, state: State) -> None:
         row.state, row.lease, row.owner, row.due, row.later = state, None, None, False, False
+        row.waits = []
         if row.wished and state is State.KILLED:
             row.holds = False
         self.settle(row)
+        self.release_waiters(row)
 
     def settle(self, row: Row) -> None:
         if row.wished:
@@ -481,51 +578,92 @@ class QueueMachine(RuleBasedStateMachine):
             else:
                 child = Row(derived_id(row.id, "restart", row.restarts - 1), row.key, row.keep, row.priority)
                 child.trial = row.trial
+                child.dependencies = [self.newest(each) for each in row.dependencies]
                 self.rows.append(child)
+                if not row.trial:  # of one that has run all have completed
+                    self.block(child)
         stays = row.keep and row.state is not State.COMPLETE and row.child is None
         if row.removed or (row.state in FINAL and not stays):
             row.journal, row.holds = True, False
 
+    def block(self, row: Row) -> None:
+        """A new job waits for what has not completed; what has ended it fails with.
+
+        The child of a restart that waits for the end of a kill is waited for before it is made.
+        """
+        known = {each.id: each for each in self.rows}
+        promised = {each.child for each in self.rows if each.wished}
+        unique = dict.fromkeys(row.dependencies)
+        row.waits = [each for each in unique if each not in known or known[each].state is not State.COMPLETE]
+        if not row.waits:
+            return
+        row.state, row.due = State.BLOCKED, False
+        assert {*row.waits} <= {*known, *promised}
+        if not {*row.waits} <= {*known}:
+            MOVES["promise", "", ""] += 1
+        if any(each in known and known[each].ended for each in row.waits):
+            self.end(row, State.ERROR)
+
+    def release_waiters(self, ended: Row) -> None:
+        """Whoever waits for it is freed, or fails with it."""
+        for row in [row for row in self.rows if ended.id in row.waits]:
+            if ended.state is not State.COMPLETE:
+                self.end(row, State.ERROR)
+                continue
+            row.waits.remove(ended.id)
+            if not row.waits:
+                row.state, row.due = State.PENDING, True
+
+    def newest(self, job_id: ObjectId) -> ObjectId:
+        """The job, or the last of those that restarts have put in its place."""
+        row = next((row for row in self.rows if row.id == job_id), None)
+        return job_id if row is None or row.child is None else self.newest(row.child)
+
     # ------------------------------------------------------------------ what must hold
+
+    async def everything(self) -> list[list[dict[str, Any]]]:
+        """The documents of the queue and those of the journal, read at the same time."""
+        tables = (self.database.collection(name) for name in (QUEUE, JOURNAL))
+        return await asyncio.gather(*(table.find({}).to_list(None) for table in tables))
 
     @invariant()
     def the_same(self) -> None:
         """The database says what the model says; each job is in one place."""
         found: dict[ObjectId, dict[str, Any]] = {}
-        for name, journal in ((QUEUE, False), (JOURNAL, True)):
-            for document in self.do(self.database.collection(name).find({}).to_list(None)):
+        for journal, documents in enumerate(self.do(self.everything())):
+            for document in documents:
                 assert document["_id"] not in found, "in queue and journal"
                 assert not document.get("settle")
                 assert not document.get("outbox") or document["state"] == "running"
-                assert not flaws(Job.from_document(document, journal=journal))
-                found[document["_id"]] = stored(document, journal=journal)
+                if document != self.judged.get(document["_id"]):
+                    assert not flaws(Job.from_document(document, journal=bool(journal)))
+                    self.judged[document["_id"]] = document
+                found[document["_id"]] = stored(document, journal=bool(journal))
         assert found == {row.id: row.shown() for row in self.rows}
 
 
-async def connected(url: str, name: str, home: Path) -> tuple[Database, CountingQueue]:
+async def connected(url: str, name: str, home: Path) -> tuple[Database, JobQueue]:
     database = await Database.connect(url, name)
     limits = Settings.load(
         environ={}, mongo_url=url, home=home, max_crashes=MAX_CRASHES, max_claims=MAX_CLAIMS
     )
-    queue = CountingQueue(database, limits)
-    await queue.prepare()
+    queue = counted(JobQueue(database, limits))
+    await queue.store.prepare()
     return database, queue
 
 
 def legal() -> set[str]:
     """Every move of the table that this machine can make."""
-    # No job waits for another one here, progress is no compare-and-set, nothing is paused or limited, and
-    # nobody breaks what would have to be mended.
-    return set(states.MOVES) - {
-        *("await", "unblock", "depend", "progress", "put_aside", "take_slot", "wake", "mend", "reclaim"),
-    }
+    # Progress is no compare-and-set, nothing is paused or limited, and nobody breaks what would have to be
+    # mended.
+    return set(states.MOVES) - {"progress", "put_aside", "take_slot", "wake", "mend", "reclaim"}
 
 
 # What people and stale holders are told no for; each was seen often in one batch or another.
 REFUSALS = {
     ("enqueue", "taken"),
     *(("kill", state) for state in ("complete", "error", "inactive", "removed")),
-    *(("restart", state) for state in ("pending", "running", "removed", "taken")),
+    *(("restart", state) for state in ("pending", "blocked", "running", "removed", "taken")),
     *(("remove", state) for state in ("running", "complete", "error", "killed")),
     *((op, state) for op in ("start", "progress", "release") for state in ("pending", "complete", "killed")),
     ("finish", "pending"),
@@ -535,9 +673,9 @@ FINISHED = {"complete", "failed", "error", "deferred", "killed"}
 
 def missing() -> dict[str, set[Any]]:
     """What was not reached yet."""
-    moves = CountingQueue.moves
+    moves = MOVES
     return {
-        "moves": legal() - {move for move, _, _ in moves},
+        "moves": (legal() | {"promise"}) - {move for move, _, _ in moves},
         "claims": {*WAITING} - {state for move, state, _ in moves if move == "claim"},
         "finishes": FINISHED - {state for move, _, state in moves if move == "finish"},
         "refusals": REFUSALS - set(QueueMachine.refused),

@@ -19,12 +19,12 @@ pytestmark = pytest.mark.asyncio
 
 # The scenario, what happens in it to the process or its writes, and the promise that is broken then.
 FOUND = {
-    "answer_before_insert": ("enqueue", "kill before queues:_insert:insert_one", "C1"),
+    "answer_before_insert": ("enqueue", "kill before store:insert:insert_one", "C1"),
     "blind_retry_of_an_enqueue": ("enqueue", "lose tests.chaos.plants:insert:insert_one", "C3"),
     "delete_before_journal": ("finish-complete", "kill after tests.chaos.plants:move:delete_one", "C1"),
     "finish_without_the_lease": ("finish-stale", "", "C5"),
     "no_tombstone_check": ("start-of-a-leftover", "", "C6"),
-    "random_child_id": ("restart-error", "kill before queues:_cas:update_one 2", "C2"),
+    "random_child_id": ("restart-error", "kill before store:cas:update_one 2", "C2"),
     "rescue_forgets_the_kill": ("rescue-killing", "", "C13"),
     "restart_deletes_the_parent_first": (
         "restart-error",

@@ -176,8 +176,10 @@ async def test_the_worker_survives_them_all(
             neighbours.append((await queue.enqueue(order)).id)
 
         async def all_ended() -> bool:
-            left = [name for name, each in poisons.items() if (await queue.get(each)).state not in FINAL]
-            left += [str(each) for each in neighbours if (await queue.get(each)).state not in FINAL]
+            left = [
+                name for name, each in poisons.items() if (await queue.store.get(each)).state not in FINAL
+            ]
+            left += [str(each) for each in neighbours if (await queue.store.get(each)).state not in FINAL]
             assert not left, left
             return True
 
@@ -188,11 +190,11 @@ async def test_the_worker_survives_them_all(
 
         await eventually_async(all_ended, LIMIT, every=0.5)
         await eventually_async(none_left, 10)
-        done = [await queue.get(each) for each in neighbours]
+        done = [await queue.store.get(each) for each in neighbours]
         assert {job.state for job in done} == {State.COMPLETE}
         assert [job.document["result"] for job in done] == list(range(len(SUITE)))
         wrong = {
-            name: complaint(SUITE[name], await queue.get(each), await log_of(logs, each))
+            name: complaint(SUITE[name], await queue.store.get(each), await log_of(logs, each))
             for name, each in poisons.items()
         }
         assert {name: text for name, text in wrong.items() if text} == {}

@@ -19,9 +19,12 @@ from core4.database import Database
 from core4.errors import Conflict, JobExists, JobNotFound, LeaseLost
 from core4.jobs import Job, JobOrder, Owner, utcnow
 from core4.options import DEFAULTS
-from core4.queues import JOURNAL, QUEUE, JobQueue
+from core4.queues import JobQueue
+from core4.retention import Retention
 from core4.retries import Outcome
 from core4.states import Flag, State
+from core4.store import JOURNAL, QUEUE
+from tests.helpers import unsettled
 
 pytestmark = pytest.mark.asyncio
 
@@ -45,18 +48,18 @@ async def queue(request: pytest.FixtureRequest, database: Database, settings: Se
     """Both shapes of the claim pass the same tests."""
     database.find_and_modify = request.param
     queue = JobQueue(database, settings)
-    await queue.prepare()
+    await queue.store.prepare()
     return queue
 
 
 async def run(queue: JobQueue, who: Owner | None = None) -> Job:
     """Claim and start the first job in line."""
-    (job,) = await queue.claim(who or owner(), namespaces=NAMESPACES)
+    (job,) = await queue.claims.claim(who or owner(), namespaces=NAMESPACES)
     return await queue.start(job, pid=1)
 
 
 async def stored(queue: JobQueue, job_id: ObjectId) -> tuple[dict[str, Any], bool]:
-    found = await queue.document(job_id)
+    found = await queue.store.document(job_id)
     assert found is not None
     return found
 
@@ -165,7 +168,7 @@ async def test_defaults_of_a_fresh_job(queue: JobQueue) -> None:
 async def test_what_is_stored_is_what_was_enqueued(queue: JobQueue) -> None:
     """The job returned by enqueue equals the one loaded from the queue, field by field."""
     job = await queue.enqueue(order(args={"deep": {"$a.b": [1, 2.5, None, "é"]}}, options={"priority": 7}))
-    assert await queue.get(job.id) == job
+    assert await queue.store.get(job.id) == job
 
 
 @pytest.mark.row("S36")
@@ -175,9 +178,9 @@ async def test_order_is_force_then_priority_then_time(queue: JobQueue) -> None:
     urgent = await queue.enqueue(order(3, options={"priority": 1}))
     forced = await queue.enqueue(order(4, options={"priority": -5, "force": True}))
     low = await queue.enqueue(order(5, options={"priority": -1}))
-    claimed = [await queue.claim(owner(), namespaces=NAMESPACES) for _ in range(6)]
+    claimed = [await queue.claims.claim(owner(), namespaces=NAMESPACES) for _ in range(6)]
     assert [job.id for (job,) in claimed] == [forced.id, urgent.id, *ids, low.id]
-    assert await queue.claim(owner(), namespaces=NAMESPACES) == []
+    assert await queue.claims.claim(owner(), namespaces=NAMESPACES) == []
 
 
 @pytest.mark.row("S37")
@@ -187,14 +190,14 @@ async def test_each_job_is_claimed_once(queue: JobQueue) -> None:
 
     async def claimer() -> list[ObjectId]:
         mine, got = owner(), []
-        while jobs := await queue.claim(mine, namespaces=NAMESPACES, limit=2):
+        while jobs := await queue.claims.claim(mine, namespaces=NAMESPACES, limit=2):
             got += [job.id for job in jobs]
         return got
 
     claims = [job_id for got in await asyncio.gather(*(claimer() for _ in range(20))) for job_id in got]
     assert len(claims) == len(set(claims))
     # A claimer that lost all its races may have left early: what is left is still in line.
-    left = await queue.claim(owner(), namespaces=NAMESPACES, limit=30)
+    left = await queue.claims.claim(owner(), namespaces=NAMESPACES, limit=30)
     assert {*claims, *(job.id for job in left)} == wanted
 
 
@@ -202,8 +205,8 @@ async def test_other_namespaces_and_full_names_stay(queue: JobQueue) -> None:
     """A worker takes only from its namespaces, and no name that is at its limit here."""
     await queue.enqueue(order(namespace="other"))
     await queue.enqueue(order(name="tests.Full"))
-    assert await queue.claim(owner(), namespaces=NAMESPACES, full={"tests.Full"}) == []
-    (job,) = await queue.claim(owner(), namespaces=["x", "other"])
+    assert await queue.claims.claim(owner(), namespaces=NAMESPACES, full={"tests.Full"}) == []
+    (job,) = await queue.claims.claim(owner(), namespaces=["x", "other"])
     assert job.namespace == "other"
 
 
@@ -212,9 +215,9 @@ async def test_a_pinned_job_waits_for_its_worker(queue: JobQueue) -> None:
     pinned = await queue.enqueue(order(1, options={"worker": "me@here"}))
     common = await queue.enqueue(order(2))
     first = await queue.enqueue(order(3, options={"priority": 9}))
-    (job,) = await queue.claim(owner("other@here"), namespaces=NAMESPACES)
+    (job,) = await queue.claims.claim(owner("other@here"), namespaces=NAMESPACES)
     assert job.id == first.id
-    claimed = await queue.claim(owner("me@here"), namespaces=NAMESPACES, limit=5)
+    claimed = await queue.claims.claim(owner("me@here"), namespaces=NAMESPACES, limit=5)
     assert [job.id for job in claimed] == [pinned.id, common.id]
 
 
@@ -225,8 +228,8 @@ async def test_a_pinned_job_is_retried_by_its_worker(queue: JobQueue) -> None:
     await queue.finish(await run(queue, me), Outcome.failed("no", []), log_seq=0)
     while not await queue.promote():
         await asyncio.sleep(0)
-    assert await queue.claim(owner(), namespaces=NAMESPACES) == []
-    (job,) = await queue.claim(me, namespaces=NAMESPACES)
+    assert await queue.claims.claim(owner(), namespaces=NAMESPACES) == []
+    (job,) = await queue.claims.claim(me, namespaces=NAMESPACES)
     assert job.id == pinned.id
 
 
@@ -235,7 +238,7 @@ async def test_failed_is_due_again_after_error_time(queue: JobQueue) -> None:
     await queue.enqueue(order(options={"attempts": 2, "error_time": 0.05}))
     job = await queue.finish(await run(queue), Outcome.failed("ValueError()", ["line 1"]), log_seq=0)
     assert (job.state, job.attempts_left) == (State.FAILED, 1)
-    assert await queue.claim(owner(), namespaces=NAMESPACES) == []
+    assert await queue.claims.claim(owner(), namespaces=NAMESPACES) == []
     while not await queue.promote():
         await asyncio.sleep(0.01)
     job = await queue.finish(await run(queue), Outcome.failed("ValueError()", ["line 1"]), log_seq=0)
@@ -332,7 +335,7 @@ async def test_what_kills_its_workers_ends_as_poison(queue: JobQueue, settings: 
     for _ in range(settings.max_crashes - 1):
         await run(queue)
         await queue.rescue(nobody)
-        await queue._queue.update_one({"_id": job.id}, {"$set": {"query_at": utcnow()}})
+        await queue.store.queue.update_one({"_id": job.id}, {"$set": {"query_at": utcnow()}})
         assert await queue.promote() == 1
     await run(queue)
     await queue.rescue(nobody)
@@ -351,22 +354,47 @@ async def test_the_living_keep_their_jobs(queue: JobQueue) -> None:
         return {me.id}
 
     assert await queue.rescue(alive) == 0
-    assert (await queue.running(me.id))[0].id == job.id
+    assert (await queue.store.running(me.id))[0].id == job.id
+
+
+async def test_a_document_that_cannot_be_read_holds_up_no_other(queue: JobQueue) -> None:
+    """Broken by hand, it stays as it is for the doctor to tell; what is done to many goes on behind it."""
+    bad, good = [await queue.enqueue(order(n)) for n in range(2)]
+    who, table = owner(), queue.store.queue
+    await table.update_one({"_id": bad.id}, {"$unset": {"attempts": 1}})
+    assert (await run(queue, who)).id == good.id
+
+    lease = {"id": "x", "owner": who.id, "at": utcnow()}
+    long_ago = utcnow() - timedelta(days=1)
+    marks = {"settle": True, "audit": True, "expires": long_ago, "stopped_at": long_ago}
+    await table.update_one({"_id": bad.id}, {"$set": {"state": "running", "lease": lease, **marks}})
+    before = await table.find_one({"_id": bad.id})
+    assert [job.id for job in await queue.store.running(who.id)] == [good.id]
+
+    async def nobody() -> set[str]:
+        return set()
+
+    assert await queue.rescue(nobody) == 1
+    assert (await queue.store.get(good.id)).state is State.PENDING
+    assert await queue.expire() == 0
+    assert await queue.outbox.sweep() == 0
+    assert await Retention(queue.store, queue.outbox).retire(utcnow(), 10) == 0
+    assert await table.find_one({"_id": bad.id}) == before
 
 
 async def test_release_is_free(queue: JobQueue) -> None:
     """A released job is due at once or after the delay, and nothing is charged."""
     await queue.enqueue(order())
-    (job,) = await queue.claim(owner(), namespaces=NAMESPACES)
+    (job,) = await queue.claims.claim(owner(), namespaces=NAMESPACES)
     released = await queue.release(job, reason="unknown here", delay=30)
     assert (released.state, released.attempts_left, released.claims) == (State.PENDING, 1, 0)
-    assert await queue.claim(owner(), namespaces=NAMESPACES) == []
+    assert await queue.claims.claim(owner(), namespaces=NAMESPACES) == []
 
 
 async def test_evictions_are_counted_and_free(queue: JobQueue) -> None:
     await queue.enqueue(order())
     for _ in range(2):
-        (job,) = await queue.claim(owner(), namespaces=NAMESPACES)
+        (job,) = await queue.claims.claim(owner(), namespaces=NAMESPACES)
         job = await queue.release(await queue.start(job, pid=1), reason="its host ended", evicted=1)
 
     assert (job.state, job.evicted, job.attempts_left, job.crashes) == (State.PENDING, 2, 1, 0)
@@ -378,7 +406,7 @@ async def test_kill_of_what_nobody_runs_is_done_at_once(queue: JobQueue) -> None
     pending = await queue.enqueue(order(1))
     killed, changed = await queue.kill(pending.id, by="ann")
     assert (killed.state, changed) == (State.KILLED, True)
-    assert await queue.claim(owner(), namespaces=NAMESPACES) == []
+    assert await queue.claims.claim(owner(), namespaces=NAMESPACES) == []
     again, changed = await queue.kill(pending.id, by="bob")
     assert (again.rev, changed) == (killed.rev, False)
     document, _ = await stored(queue, pending.id)
@@ -441,7 +469,7 @@ async def put(queue: JobQueue, state: State, **more: Any) -> Job:
     job = await queue.finish(await run(queue), outcome, log_seq=0)
     while state is State.INACTIVE and not await queue.expire():
         await asyncio.sleep(0.01)
-    return await queue.get(job.id)
+    return await queue.store.get(job.id)
 
 
 async def test_remove_of_a_running_job_waits_for_its_kill(queue: JobQueue, database: Database) -> None:
@@ -503,7 +531,7 @@ async def test_a_claim_of_forced_jobs_takes_no_other(queue: JobQueue) -> None:
     me = owner("me@here")
     for n in range(70):
         await queue.enqueue(order(n, options={"priority": 1000}))
-    plain = [await queue.claim(me, namespaces=NAMESPACES)]
+    plain = [await queue.claims.claim(me, namespaces=NAMESPACES)]
     low = await queue.enqueue(order(100, options={"force": True, "priority": -1000}))
     high = await queue.enqueue(order(101, options={"force": True}, namespace="other"))
     full = await queue.enqueue(order(102, options={"force": True}, name="tests.Full"))
@@ -512,13 +540,13 @@ async def test_a_claim_of_forced_jobs_takes_no_other(queue: JobQueue) -> None:
     await queue.enqueue(order(105, options={"force": True, "worker": "you@here"}))
 
     where: dict[str, Any] = {"namespaces": ["DEFAULT", "other"], "forced": True}
-    claimed = await queue.claim(me, **where, limit=10, full={"tests.Full"})
+    claimed = await queue.claims.claim(me, **where, limit=10, full={"tests.Full"})
     assert {job.id for job in claimed} == {low.id, high.id, mine.id}
     assert claimed[-1].id == low.id
-    assert await queue.claim(me, namespaces=NAMESPACES, forced=True, full={"tests.Full"}) == []
-    assert [job.id for job in await queue.claim(me, **where, limit=10)] == [full.id]
-    assert await queue.claim(me, **where) == []
-    while jobs := await queue.claim(owner(), namespaces=NAMESPACES, limit=8):
+    assert await queue.claims.claim(me, namespaces=NAMESPACES, forced=True, full={"tests.Full"}) == []
+    assert [job.id for job in await queue.claims.claim(me, **where, limit=10)] == [full.id]
+    assert await queue.claims.claim(me, **where) == []
+    while jobs := await queue.claims.claim(owner(), namespaces=NAMESPACES, limit=8):
         plain.append(jobs)
     assert [job.args["n"] for some in plain for job in some] == list(range(70))
 
@@ -547,7 +575,7 @@ async def test_restart_while_a_kill_is_under_way(queue: JobQueue, database: Data
     await queue.kill(job.id, by="ann")
     child_id = await queue.restart(job.id, by="ann")
     assert await queue.restart(job.id, by="ann") == child_id
-    assert await queue.document(child_id) is None
+    assert await queue.store.document(child_id) is None
     await queue.finish(held, Outcome.killed("on request"), log_seq=0)
     assert (await stored(queue, child_id))[0]["state"] == "pending"
     assert await both(database, job.id) == (0, 1)
@@ -556,7 +584,7 @@ async def test_restart_while_a_kill_is_under_way(queue: JobQueue, database: Data
 async def test_restart_finds_its_place_taken(queue: JobQueue) -> None:
     """Another job with the same key was enqueued when the parent gave its place up: refused, nothing lost."""
     error = await put(queue, State.ERROR)
-    await queue._queue.update_one({"_id": error.id}, {"$unset": {"unique_key": 1}})
+    await queue.store.queue.update_one({"_id": error.id}, {"$unset": {"unique_key": 1}})
     other = await queue.enqueue(order())
     with pytest.raises(JobExists) as caught:
         await queue.restart(error.id, by="ann")
@@ -590,22 +618,21 @@ async def test_tasks_leave_the_queue_when_they_stop(queue: JobQueue, database: D
 
 async def test_a_sweep_finishes_what_a_dead_process_began(queue: JobQueue, database: Database) -> None:
     """Died after the finish, after the copy to the journal, or before the child was made."""
-    queue._try_settle = lambda job: asyncio.sleep(0, 0)  # type: ignore[method-assign]
-    done = await queue.enqueue(order(1))
-    await queue.finish(await run(queue), Outcome.complete(1), log_seq=0)
-    copied = await queue.enqueue(order(2))
-    await queue.finish(await run(queue), Outcome.complete(2), log_seq=0)
-    document, _ = await stored(queue, copied.id)
-    await database.collection(JOURNAL).insert_one({k: v for k, v in document.items() if k != "settle"})
-    killing = await queue.enqueue(order(3))
-    held = await run(queue)
-    await queue.kill(killing.id, by="ann")
-    child_id = await queue.restart(killing.id, by="ann")
-    await queue.finish(held, Outcome.killed("x"), log_seq=0)
-    del queue._try_settle
+    with unsettled(queue):
+        done = await queue.enqueue(order(1))
+        await queue.finish(await run(queue), Outcome.complete(1), log_seq=0)
+        copied = await queue.enqueue(order(2))
+        await queue.finish(await run(queue), Outcome.complete(2), log_seq=0)
+        document, _ = await stored(queue, copied.id)
+        await database.collection(JOURNAL).insert_one({k: v for k, v in document.items() if k != "settle"})
+        killing = await queue.enqueue(order(3))
+        held = await run(queue)
+        await queue.kill(killing.id, by="ann")
+        child_id = await queue.restart(killing.id, by="ann")
+        await queue.finish(held, Outcome.killed("x"), log_seq=0)
 
-    assert await queue.sweep() == 3
-    assert await queue.sweep() == 0
+    assert await queue.outbox.sweep() == 3
+    assert await queue.outbox.sweep() == 0
     for job_id in (done.id, copied.id, killing.id):
         assert await both(database, job_id) == (0, 1)
     assert (await stored(queue, child_id))[0]["state"] == "pending"
@@ -617,7 +644,7 @@ async def test_what_is_in_the_journal_never_runs(queue: JobQueue, database: Data
     document, _ = await stored(queue, job.id)
     await queue.finish(await run(queue), Outcome.complete(1), log_seq=0)
     await database.collection(QUEUE).insert_one(document)
-    (late,) = await queue.claim(owner(), namespaces=NAMESPACES)
+    (late,) = await queue.claims.claim(owner(), namespaces=NAMESPACES)
     with pytest.raises(LeaseLost):
         await queue.start(late, pid=1)
     assert await both(database, job.id) == (0, 1)
@@ -663,21 +690,21 @@ async def test_a_message_that_cannot_be_stored_is_escaped(queue: JobQueue) -> No
     await queue.enqueue(order())
     job = await run(queue)
     await queue.progress(job, 0.5, "file \udcff")
-    assert (await queue.get(job.id)).document["prog"] == {"value": 0.5, "message": "file \\udcff"}
+    assert (await queue.store.get(job.id)).document["prog"] == {"value": 0.5, "message": "file \\udcff"}
 
 
 async def test_pages(queue: JobQueue) -> None:
     """Counted after the filter, cut from either end, empty beyond it."""
     ids = [(await queue.enqueue(order(n, args={"n": n, "even": n % 2 == 0}))).id for n in range(25)]
-    page = await queue.page({}, page=2, per_page=10)
+    page = await queue.store.page({}, page=2, per_page=10)
     assert ([row["_id"] for row in page.rows], page.total) == (ids[20:], 25)
-    last = await queue.page({}, page=-1, per_page=10)
+    last = await queue.store.page({}, page=-1, per_page=10)
     assert [row["_id"] for row in last.rows] == ids[20:]
-    even = await queue.page({"args.even": True}, sort=[("args.n", -1)], page=0, per_page=5)
+    even = await queue.store.page({"args.even": True}, sort=[("args.n", -1)], page=0, per_page=5)
     assert (even.total, [row["args"]["n"] for row in even.rows]) == (13, [24, 22, 20, 18, 16])
-    assert (await queue.page({}, page=9)).rows == []
-    assert (await queue.page({"name": "none"})).total == 0
-    assert await queue.counts() == {"pending": 25}
+    assert (await queue.store.page({}, page=9)).rows == []
+    assert (await queue.store.page({"name": "none"})).total == 0
+    assert await queue.store.counts() == {"pending": 25}
 
 
 @pytest.mark.parametrize("rival", ["kill", "remove", "restart", "rescue", "claim"])
@@ -695,7 +722,7 @@ async def test_finish_against_others(queue: JobQueue, database: Database, rival:
             "remove": partial(queue.remove, held.id, by="ann"),
             "restart": partial(queue.restart, held.id, by="ann"),
             "rescue": partial(queue.rescue, nobody),
-            "claim": partial(queue.claim, owner(), namespaces=NAMESPACES),
+            "claim": partial(queue.claims.claim, owner(), namespaces=NAMESPACES),
         }
         finished: Any
         answer: Any
@@ -719,7 +746,7 @@ async def test_claim_against_kill(queue: JobQueue) -> None:
     for n in range(10):
         job = await queue.enqueue(order(n))
         claimed, (killed, _) = await asyncio.gather(
-            queue.claim(owner(), namespaces=NAMESPACES), queue.kill(job.id, by="ann")
+            queue.claims.claim(owner(), namespaces=NAMESPACES), queue.kill(job.id, by="ann")
         )
         document, _ = await stored(queue, job.id)
         if claimed:

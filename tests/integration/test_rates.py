@@ -21,9 +21,10 @@ from core4.controls import CONTROL, RateStore
 from core4.database import Database
 from core4.jobs import Job, new_document, utcnow
 from core4.options import Rate
-from core4.queues import QUEUE, JobQueue
+from core4.queues import JobQueue
 from core4.retries import Outcome
 from core4.states import State
+from core4.store import QUEUE
 from tests.helpers import ROOT
 from tests.integration.driver import OWNER, claim, held, order
 
@@ -35,7 +36,7 @@ async def queue(request: pytest.FixtureRequest, database: Database, settings: Se
     """Both shapes of the claim pass the same tests."""
     database.find_and_modify = request.param
     queue = JobQueue(database, settings)
-    await queue.prepare()
+    await queue.store.prepare()
     return queue
 
 
@@ -66,25 +67,25 @@ async def test_no_more_than_the_limit_is_started(queue: JobQueue, database: Data
     assert ids(await claim(queue)) == ids(jobs[:2])
     assert await claim(queue) == []
     for job in jobs[2:]:
-        found = await queue.get(job.id)
+        found = await queue.store.get(job.id)
         assert (found.document["held"], found.state, found.claims) == ("rate_limit", State.PENDING, 0)
-    assert await queue.wake_rated() == 0
+    assert await queue.claims.wake_rated() == 0
 
     await pass_time(database, 0.5)
-    assert await queue.wake_rated() == 0
+    assert await queue.claims.wake_rated() == 0
     await pass_time(database, 0.5)
     (urgent,) = await put(queue, 1, first=5, priority=1)
-    assert await queue.wake_rated() == 2
+    assert await queue.claims.wake_rated() == 2
     # Who was enqueued since, with priority, is first; one of the woken is held again.
     assert ids(await claim(queue)) == [urgent.id, jobs[2].id]
     assert await held(queue, jobs[3]) == "rate_limit"
 
     await pass_time(database)
-    assert await queue.wake_rated() == 2
+    assert await queue.claims.wake_rated() == 2
     assert ids(await claim(queue)) == ids(jobs[3:])
     await pass_time(database)
-    assert await queue.wake_rated() == 0
-    assert await queue.wake_rated() == 0
+    assert await queue.claims.wake_rated() == 0
+    assert await queue.claims.wake_rated() == 0
     assert await database.collection(CONTROL).find({"wake_at": {"$ne": None}}).to_list(None) == []
 
 
@@ -99,7 +100,7 @@ async def test_a_retry_is_a_start(queue: JobQueue, database: Database) -> None:
     assert await held(queue, job) == "rate_limit"
 
     await pass_time(database)
-    assert await queue.wake_rated() == 1
+    assert await queue.claims.wake_rated() == 1
     assert ids(await claim(queue)) == [job.id]
 
 
@@ -119,7 +120,7 @@ async def test_pinned_and_slotted_jobs(queue: JobQueue, database: Database) -> N
     assert await held(queue, jobs[3]) == "rate_limit"
 
     await pass_time(database)
-    assert await queue.wake_rated() == 1
+    assert await queue.claims.wake_rated() == 1
     assert await held(queue, jobs[3]) == "worker"
     assert ids(await claim(queue)) == [jobs[3].id]
 
@@ -136,7 +137,7 @@ async def test_a_thousand_held_in_front_slow_nobody_behind(queue: JobQueue, data
     assert [job.name for job in await claim(queue, 1)] == ["c.D"]
     assert await database.collection(QUEUE).find({"due": True}).to_list(None) == []
     await pass_time(database)
-    assert await queue.wake_rated() == 1
+    assert await queue.claims.wake_rated() == 1
     assert len(await database.collection(QUEUE).find({"due": True}).to_list(None)) == 1
 
 
@@ -147,13 +148,13 @@ async def test_who_is_held_and_looked_after_by_nobody(queue: JobQueue, database:
     assert await claim(queue) == []
     await database.collection(CONTROL).update_one({}, {"$unset": {"wake_at": 1}})
     await pass_time(database)
-    assert await queue.wake_rated() == 0
-    await queue.wake_held()
-    assert await queue.wake_rated() == 1
+    assert await queue.claims.wake_rated() == 0
+    await queue.claims.wake_held()
+    assert await queue.claims.wake_rated() == 1
     await queue.kill(jobs[1].id, by="ann")
     assert await claim(queue) == []
     await pass_time(database)
-    assert await queue.wake_rated() == 1
+    assert await queue.claims.wake_rated() == 1
     assert ids(await claim(queue)) == [jobs[2].id]
 
 
@@ -188,7 +189,7 @@ async def test_processes_never_start_more_than_the_limit(
 ) -> None:
     """By the ledger of the jobs themselves: each window is used up, and not exceeded by one."""
     queue = JobQueue(database, settings)
-    await queue.prepare()
+    await queue.store.prepare()
     options = {"rate_limit": f"{LIMIT}/1h"}
     orders = (order("a.B", args={"n": n}, options=options) for n in range(3 * LIMIT))
     await asyncio.gather(*map(queue.enqueue, orders))
@@ -204,4 +205,4 @@ async def test_processes_never_start_more_than_the_limit(
         assert await asyncio.gather(*map(process, range(PROCESSES))) == [0] * PROCESSES
         assert len(set(ledger.read_text().splitlines())) == window * LIMIT
         await pass_time(database)
-        assert await queue.wake_rated() == LIMIT
+        assert await queue.claims.wake_rated() == LIMIT

@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import uuid
 from datetime import timedelta
+from typing import Any
 
 import pytest
 
 from core4.catalogue import Catalogue, matches
 from core4.changes import Change, ChangeFeed
 from core4.database import Database
-from core4.jobs import Owner
-from core4.registry import WORKER, WorkerRegistry
+from core4.jobs import Kind, Owner
+from core4.registry import WORKER, WorkerRegistry, described
 
 pytestmark = pytest.mark.asyncio
 
@@ -137,3 +138,59 @@ async def test_changes_reach_every_listener(database: Database) -> None:
         ("delete", "a", 1),
     ]
     assert next(c.fields for c in seen if c.kind == "update") == {"x": 2}
+
+
+async def test_each_that_lives_has_a_number_of_its_own(registry: WorkerRegistry) -> None:
+    """Thirty at once have the first thirty; one that ends gives its number to another that wants it."""
+    owners = await asyncio.gather(*(make_worker(registry) for _ in range(30)))
+    rows = await registry.list()
+    assert sorted(row["nr"] for row in rows) == list(range(1, 31))
+    by_id = {row["_id"]: row for row in rows}
+
+    await registry.leave(owners[4])
+    await registry.condemn(owners[9].id, "its process is gone")
+    free = {by_id[owners[4].id]["nr"], by_id[owners[9].id]["nr"]}
+    wanting = Owner("wanting", "worker@here", "here", 1, Kind(nr=max(free)))
+    also = Owner("also", "worker@here", "here", 1, Kind(nr=max(free)))
+    await registry.enlist(wanting)
+    await registry.enlist(also)
+    await registry.enlist(also)
+
+    after = {row["_id"]: row for row in await registry.list()}
+    assert after["wanting"]["label"] == f"w{max(free)}"
+    assert after["also"]["nr"] == min(free)
+    assert "nr" not in after[owners[4].id]
+    assert after[owners[9].id]["error"] == "its process is gone"
+    assert not await registry.condemn(owners[9].id, "twice")
+
+
+@pytest.mark.row("M35")
+async def test_a_worker_is_described_in_the_words_of_myjobs(
+    registry: WorkerRegistry, database: Database
+) -> None:
+    owner = Owner("one", "worker@here", "here", 7, Kind(type="tmux", timeout=3600, debug=True))
+
+    async def seen(*current: str) -> dict[str, Any]:
+        (row,) = await registry.list()
+        return described(row, current, 30)
+
+    await registry.enlist(owner)
+    new = await seen()
+    await registry.register(owner, slots=1, namespaces=["DEFAULT"], jobs=["a.Job"], version="0")
+    waiting, busy = await seen(), await seen("a job")
+    late = await database.server_time() - timedelta(seconds=45)
+    await database.collection(WORKER).update_one({"_id": owner.id}, {"$set": {"beat": late}})
+    silent = await seen()
+    await registry.bury(30)
+    dead = await seen()
+
+    assert [each["status"] for each in (new, waiting, busy, silent, dead)] == [
+        *("NEW", "WAITING", "BUSY", "ERROR", "ERROR")
+    ]
+    assert (waiting["current"], busy["current"], busy["error"]) == ([], ["a job"], None)
+    assert (busy["label"], busy["type"], busy["timeout"], busy["debug"], busy["pid"]) == (
+        *("w1", "tmux", 3600, True, 7),
+    )
+    assert silent["error"].startswith("no sign of life for 4")
+    assert dead["error"] == "no sign of life for more than 30 s"
+    assert dead["ended_at"] >= dead["started_at"]

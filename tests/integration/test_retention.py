@@ -12,6 +12,7 @@ from bson import ObjectId
 
 from core4.config import Settings
 from core4.database import Database
+from core4.errors import ResultGone
 from core4.events import EventStore
 from core4.jobs import Job, Owner, utcnow
 from core4.logs import Line, LogStore
@@ -38,7 +39,7 @@ def cleaner(database: Database, settings: Settings, queue: JobQueue) -> Cleaner:
 async def run(queue: JobQueue, logs: LogStore, *, outcome: Outcome | None = None, **more: Any) -> Job:
     """A job that has run, with a line of log."""
     await queue.enqueue(order(**{"args": {"n": str(ObjectId())}, **more}))
-    (held,) = await queue.claim(OWNER, namespaces=["DEFAULT"])
+    (held,) = await queue.claims.claim(OWNER, namespaces=["DEFAULT"])
     started = await queue.start(held)
     await logs.append(started, "here", [Line((started.fence << 32) + 1, 0.0, "INFO", "line")])
     return await queue.finish(started, outcome or Outcome.complete(1), log_seq=1)
@@ -85,13 +86,13 @@ async def test_a_stopped_job_goes_to_the_journal_and_can_be_restarted(
     await age(database, DAYS - 1, young)
     assert (await cleaner.step())["stopped"] == 1
 
-    found = await queue.get(old.id)
+    found = await queue.store.get(old.id)
     assert (found.journal, found.state) == (True, "error")
     assert found.document["history"][-1]["reason"] == "stopped for longer than it is kept"
-    assert not (await queue.get(young.id)).journal
+    assert not (await queue.store.get(young.id)).journal
     assert (await queue.enqueue(once)).id != old.id
     child_id = await queue.restart(young.id, by="ann")
-    assert (await queue.get(child_id)).keep_stopped
+    assert (await queue.store.get(child_id)).keep_stopped
 
 
 @pytest.mark.parametrize("needed", ["settle", "audit", "outbox", "key", "parent"])
@@ -203,3 +204,23 @@ async def test_none_days_keep_for_ever(
     assert await left(database, "journal") == {job.id}
     assert await left(database, "queue") == {stopped.id}
     assert await left(database, "log") == {job.id, stopped.id}
+
+
+async def test_results_that_nobody_pulls_expire(
+    queue: JobQueue, logs: LogStore, database: Database, settings: Settings
+) -> None:
+    """The job stays; who asks for the result is told why there is none, once a result was pulled by whom."""
+    old, young, pulled = [await run(queue, logs) for _ in range(3)]
+    await queue.consume(pulled.id, by="ann")
+    await age(database, 11, old, pulled)
+    cleaner = Cleaner(database, replace(settings, keep_result_days=DAYS), queue)
+    assert (await cleaner.step())["result"] == 1
+    assert (await cleaner.step())["result"] == 0
+
+    assert (await queue.store.get(old.id)).document["result"] is None
+    assert (await queue.store.get(young.id)).document["result"] == 1
+    with pytest.raises(ResultGone, match="has expired at"):
+        await queue.consume(old.id, by="ann")
+    with pytest.raises(ResultGone, match="was pulled by ann"):
+        await queue.consume(pulled.id, by="bob")
+    assert (await queue.consume(young.id, by="bob")).document["result"] == 1

@@ -26,9 +26,10 @@ from core4.database import Database
 from core4.errors import BadArguments, BadOption, Conflict, NotFound, Unavailable, UnknownJob, UnknownOption
 from core4.faults import Faults, armed
 from core4.jobs import Owner
-from core4.queues import JOURNAL, QUEUE, JobQueue
+from core4.queues import JobQueue
 from core4.retries import Outcome
-from core4.schedules import SCHEDULE, Schedule, ScheduleStore, declared, fire_id, trigger
+from core4.schedules import SCHEDULE, Schedule, ScheduleStore, declared, fire_id, publish_declared, trigger
+from core4.store import JOURNAL, QUEUE
 from core4.worker.scheduler import Scheduler, ServerClock
 from tests.helpers import eventually_async
 
@@ -179,14 +180,14 @@ async def test_the_job_is_what_the_catalogue_and_the_schedule_say(
     clock.now += HOUR
     await scheduler.step()
 
-    first, _ = await queue.document(fire_id("a", START + 2 * HOUR)) or ({}, False)
+    first, _ = await queue.store.document(fire_id("a", START + 2 * HOUR)) or ({}, False)
     assert (first["name"], first["args"], first["namespace"]) == ("a.Job", {"n": 1}, "night")
     assert (first["attempts"], first["priority"], first["due"]) == (3, 9, True)
     assert first["enqueued"]["username"] == "scheduler"
     assert first["request_id"] == "a@2025-05-01T14:00:00+00:00"
     assert first["schedule_id"] == "a"
     assert "unique_key" not in first
-    assert await queue.document(fire_id("a", START + 3 * HOUR)) is not None
+    assert await queue.store.document(fire_id("a", START + 3 * HOUR)) is not None
 
 
 @pytest.mark.parametrize(
@@ -420,7 +421,7 @@ async def test_jobs_that_end_meanwhile_are_not_made_again(
     ran: list[ObjectId] = []
 
     async def work() -> None:
-        for job in await queue.claim(owner, namespaces=["night"], limit=3):
+        for job in await queue.claims.claim(owner, namespaces=["night"], limit=3):
             running = await queue.start(job)
             ran.append(running.id)
             await queue.finish(running, Outcome.complete(None), log_seq=0)
@@ -508,9 +509,9 @@ async def test_death_around_the_cursor(
     assert set(await made(database)) == expected
     if ended:
         owner = Owner("o" * 32, "worker@here", "here", 1)
-        for job in await queue.claim(owner, namespaces=["night"], limit=3):
+        for job in await queue.claims.claim(owner, namespaces=["night"], limit=3):
             await queue.finish(await queue.start(job), Outcome.complete(None), log_seq=0)
-        assert await queue.journaled() == 3
+        assert await queue.store.journaled() == 3
 
     await scheduler.step()
     assert sorted(await made(database)) == sorted(expected)
@@ -547,8 +548,8 @@ async def test_death_among_the_jobs(
 @pytest.mark.parametrize(
     "fault",
     [
-        "lose queues:_insert:insert_one 2",
-        "late 0.2 queues:_insert:insert_one 2",
+        "lose store:insert:insert_one 2",
+        "late 0.2 store:insert:insert_one 2",
         "lose schedules:advance:update_one",
         "late 0.2 schedules:advance:update_one",
         "lose schedules:_write:insert_one",
@@ -767,7 +768,7 @@ async def test_trigger_with_the_same_token_is_one_job(
     assert (first.args, first.username, first.document["request_id"]) == ({"n": 1}, "ann", "t1")
 
     owner = Owner("o" * 32, "worker@here", "here", 1)
-    (job,) = await queue.claim(owner, namespaces=["night"], limit=1)
+    (job,) = await queue.claims.claim(owner, namespaces=["night"], limit=1)
     await queue.finish(await queue.start(job), Outcome.complete(None), log_seq=0)
     assert (await trigger(schedule, queue, catalogue, token="t1", by="ann")).id == first.id
     assert sorted(await made(database)) == sorted([first.id, other.id])
@@ -922,13 +923,13 @@ async def test_arguments_that_fit_no_more_are_skipped_and_told(
 
 
 async def test_a_class_that_is_gone_from_its_file_is_withdrawn(
-    scheduler: Scheduler, schedules: ScheduleStore, catalogue: Catalogue
+    schedules: ScheduleStore, catalogue: Catalogue
 ) -> None:
     """Deleted, renamed or without a schedule; what other files define is left alone."""
 
     async def publish(*entries: dict[str, Any]) -> dict[str, str]:
         await catalogue.publish(entries)
-        await scheduler.publish(entries)
+        await publish_declared(schedules, catalogue, entries)
         return {row["_id"]: row["state"] for row in await schedules.rows()}
 
     hourly = {"schedule": "@hourly"}
@@ -943,10 +944,11 @@ async def test_a_class_that_is_gone_from_its_file_is_withdrawn(
 
 
 async def test_a_schedule_that_cannot_be_published_stops_no_worker(
-    scheduler: Scheduler, schedules: ScheduleStore, caplog: pytest.LogCaptureFixture
+    catalogue: Catalogue, schedules: ScheduleStore, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It was checked where it was declared; should that have been elsewhere, it is told."""
-    await scheduler.publish([entry("a.Job", schedule={"expression": "@hourly", "zone": "Mars/Olympus"})])
+    odd = entry("a.Job", schedule={"expression": "@hourly", "zone": "Mars/Olympus"})
+    await publish_declared(schedules, catalogue, [odd])
 
     assert await schedules.all() == []
     assert "schedules.refused" in caplog.messages

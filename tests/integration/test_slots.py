@@ -13,9 +13,10 @@ import pytest
 from core4.config import Settings
 from core4.database import Database
 from core4.jobs import Job
-from core4.queues import QUEUE, JobQueue
+from core4.queues import JobQueue
 from core4.retries import Outcome
 from core4.states import State
+from core4.store import QUEUE
 from tests.helpers import ROOT
 from tests.integration.driver import OWNER, claim, held, order
 
@@ -27,7 +28,7 @@ async def queue(request: pytest.FixtureRequest, database: Database, settings: Se
     """Both shapes of the claim pass the same tests."""
     database.find_and_modify = request.param
     queue = JobQueue(database, settings)
-    await queue.prepare()
+    await queue.store.prepare()
     return queue
 
 
@@ -46,7 +47,7 @@ async def test_no_more_than_the_limit_is_claimed(queue: JobQueue) -> None:
     assert {first.document["slot"], second.document["slot"]} == {"a.B#0", "a.B#1"}
     assert await claim(queue) == []
     for job in jobs[2:]:
-        found = await queue.get(job.id)
+        found = await queue.store.get(job.id)
         assert (found.document["held"], found.state, found.claims) == ("max_running", State.PENDING, 0)
 
     after = await queue.finish(await queue.start(first), Outcome.complete(None), log_seq=0)
@@ -104,10 +105,10 @@ async def test_upkeep_wakes_whom_a_dead_process_did_not(queue: JobQueue, databas
     jobs = await put(queue, 3, max_running=1)
     (running,) = await claim(queue)
     assert await claim(queue) == []
-    assert await queue.wake_held() == 0
+    assert await queue.claims.wake_held() == 0
     await database.collection(QUEUE).delete_one({"_id": running.id})
 
-    assert await queue.wake_held() == 1
+    assert await queue.claims.wake_held() == 1
     assert [job.id for job in await claim(queue)] == [jobs[1].id]
 
 
@@ -129,7 +130,7 @@ async def test_four_processes_never_run_more_than_the_limit(
 ) -> None:
     """By the ledger of the jobs themselves, and all of them are done."""
     queue = JobQueue(database, settings)
-    await queue.prepare()
+    await queue.store.prepare()
     orders = (order("a.B", args={"n": n}, options={"max_running": LIMIT}) for n in range(JOBS))
     wanted = {str(job.id) for job in await asyncio.gather(*map(queue.enqueue, orders))}
     ledger = tmp_path / "ledger"
@@ -150,4 +151,4 @@ async def test_four_processes_never_run_more_than_the_limit(
         wanted.discard(job_id) if sign == "-" else None
     assert wanted == set()
     assert 1 < most <= LIMIT
-    assert await queue.counts() == {}
+    assert await queue.store.counts() == {}

@@ -22,8 +22,9 @@ from core4.api.keys import BASE
 from core4.config import Settings
 from core4.database import Database
 from core4.jobs import Job
-from core4.queues import QUEUE, JobQueue
+from core4.queues import JobQueue
 from core4.retries import Outcome
+from core4.store import QUEUE
 from core4.users import UserStore
 from tests.helpers import eventually_async
 from tests.integration.driver import (
@@ -73,7 +74,7 @@ def check_order(events: Sequence[Event]) -> None:
 async def test_enqueue_and_follow(api: Api, runner: Runner, body: dict[str, Any]) -> None:
     """POST streams by default; the id is in a header before the first event."""
     async with api.stream("/job", method="POST", json={"qual_name": "tests.Job", **body}) as stream:
-        assert (await runner.queue.get(stream.job_id)).state == "pending"
+        assert (await runner.queue.store.get(stream.job_id)).state == "pending"
         headers = stream.response.headers
         pending = await stream.until("state", state="pending")
         attempt = await runner.start()
@@ -172,7 +173,7 @@ async def test_restart_while_the_kill_is_under_way(
         attempt = await runner.start()
         await api.call("PUT", f"/job/kill/{job_id}")
         async with api.stream(f"/job/restart/{job_id}", method="PUT") as stream:
-            assert await runner.queue.document(stream.job_id) is None
+            assert await runner.queue.store.document(stream.job_id) is None
             await attempt.finish(Outcome.killed("on request"))
             await stream.until("state", state="pending")
             await run(runner, "new")
@@ -587,7 +588,7 @@ async def test_followers_cut_two_hundred_times(
         await asyncio.wait_for(asyncio.gather(*readings), 120)
         await eventually_async(lambda: _is(one.rooms == 0), what="nobody is left")
 
-    found = await queue.document(job_id)
+    found = await queue.store.document(job_id)
     assert found is not None
     stored = [line["seq"] for line in await runner.logs.tail(job_id, 0, limit=20_000)]
     history = [(entry["rev"], entry["state"]) for entry in found[0]["history"]]

@@ -29,6 +29,7 @@ from core4.registry import WorkerRegistry
 from core4.states import FINAL, State
 from core4.worker import handle
 from core4.worker.daemon import Worker
+from core4.worker.direct import Direct
 from core4.worker.handle import Launcher
 from core4.worker.output import MOST_LINES, JobLog
 from tests.helpers import eventually_async
@@ -51,7 +52,7 @@ class House:
     async def worker(self, *targets: str, **settings: Any) -> AsyncIterator[Running]:
         """A worker in this process; stopped at the end of the block."""
         own = replace(self.settings, jobs=targets or (UNRULY,), **settings)
-        worker = Worker(self.database, own, Launcher.spawn(own))
+        worker = Worker(Direct(self.database, own), own, Launcher.spawn(own))
         stop, halt = asyncio.Event(), asyncio.Event()
         task = asyncio.create_task(worker.run(stop, halt))
         running = Running(worker, stop, halt, task)
@@ -78,11 +79,11 @@ class House:
         )
         return (await self.queue.enqueue(order)).id
 
-    async def reach(self, job_id: ObjectId, *states: State, timeout: float = 30) -> Job:
+    async def reach(self, job_id: ObjectId, *states: State, timeout: float = 60) -> Job:
         """Wait until a job is in one of these states (any final one)."""
 
         async def look() -> Job:
-            job = await self.queue.get(job_id)
+            job = await self.queue.store.get(job_id)
             assert job.state in (states or FINAL), f"{job.state} {job.document['history']}"
             return job
 
@@ -157,7 +158,7 @@ async def test_a_job_completes(house: House) -> None:
     async with house.worker():
         job_id = await house.enqueue("answer", value={"x": [1, "ü"]})
         await house.reach(job_id)
-    job = await house.queue.get(job_id)  # it is moved just after it is complete
+    job = await house.queue.store.get(job_id)  # it is moved just after it is complete
 
     assert job.state is State.COMPLETE
     assert job.journal
@@ -210,6 +211,20 @@ async def test_a_hostile_frame_ends_the_job(house: House, value: str) -> None:
 
     assert (job.state, job.document["error_cat"]) == (State.ERROR, "CRASH")
     assert "frame" in job.document["last_error"]["exception"]
+
+
+async def test_a_traceback_of_half_a_million_lines(house: House) -> None:
+    """It is cut as soon as it is heard, and the worker goes on."""
+    async with house.worker():
+        job_id = await house.enqueue("traceback", value=450_000)
+        job = await house.reach(job_id)
+        after = await house.reach(await house.enqueue("answer"))
+
+    assert (job.state, after.state) == (State.ERROR, State.COMPLETE)
+    kept = job.document["last_error"]["traceback"]
+    assert len(kept) == 1999
+    assert "left out" in kept[999]
+    assert (await house.lines(job_id))[-1]["exception"]["text"] == kept
 
 
 @pytest.mark.row("S38")
@@ -363,7 +378,7 @@ async def test_progress_reaches_the_document_while_the_job_runs(house: House) ->
         seen: set[float] = set()
 
         async def look() -> bool:
-            job = await house.queue.get(job_id)
+            job = await house.queue.store.get(job_id)
             if job.state is State.RUNNING and job.document["prog"]["value"] is not None:
                 seen.add(job.document["prog"]["value"])
             return job.state is State.COMPLETE
@@ -476,7 +491,7 @@ async def test_progress_keeps_a_job_from_being_a_zombie(house: House, tmp_path: 
         pidfile = str(tmp_path / "pid")
         job_id = await house.enqueue("reports_until_told", pidfile=pidfile, options=options)
         await written(tmp_path / "pid")
-        job = await house.queue.get(job_id)
+        job = await house.queue.store.get(job_id)
         assert (job.state, job.document["zombie_at"]) == (State.RUNNING, None)
         (tmp_path / "pid.enough").touch()
         job = await house.reach(job_id)
@@ -525,8 +540,8 @@ async def test_a_machine_without_memory_starts_forced_jobs_only(
                 return str(row.get("gate") or "")
 
             assert "memory: " in await eventually_async(reason)
-            assert (await house.queue.get(waiting)).document["history"][-1]["state"] == "pending"
-            assert len((await house.queue.get(waiting)).document["history"]) == 1
+            assert (await house.queue.store.get(waiting)).document["history"][-1]["state"] == "pending"
+            assert len((await house.queue.store.get(waiting)).document["history"]) == 1
     assert [record.message for record in caplog.records].count("skipped job") == 1
 
     async with house.worker():
@@ -591,7 +606,7 @@ async def test_a_stopping_worker_lets_its_job_end(house: House, tmp_path: Path) 
         await written(tmp_path / "pid")
         running.stop.set()
         await running.task
-        job = await house.queue.get(job_id)
+        job = await house.queue.store.get(job_id)
 
     assert job.state is State.COMPLETE
 
@@ -608,7 +623,7 @@ async def test_a_job_that_does_not_end_in_time_goes_back_uncharged(
         if how == "second signal":
             running.halt.set()
         await running.task
-        job = await house.queue.get(job_id)
+        job = await house.queue.store.get(job_id)
 
         await gone(pid)
     assert (job.state, job.attempts_left, job.crashes, job.lease) == (State.PENDING, 1, 0, None)
@@ -625,9 +640,9 @@ async def test_max_parallel_holds_per_worker(house: House) -> None:
         async def look() -> bool:
             nonlocal most
             # Those that it claimed beyond the limit, and gives back, have no process.
-            page = await house.queue.page({"locked.pid": {"$gt": 0}})
+            page = await house.queue.store.page({"locked.pid": {"$gt": 0}})
             most = max(most, page.total)
-            return not await house.queue.counts()
+            return not await house.queue.store.counts()
 
         await eventually_async(look, 40)
 
@@ -640,14 +655,14 @@ async def test_an_unknown_name_is_given_back_once(house: House) -> None:
         first = await house.enqueue("answer", name="other.worker.Job")
 
         async def due_again() -> bool:
-            job = await house.queue.get(first)
+            job = await house.queue.store.get(first)
             return len(job.document["history"]) > 1 and bool(job.document.get("due"))
 
         await eventually_async(due_again)
         second = await house.enqueue("sleep", name="other.worker.Job", value=1)
         last = await house.enqueue("answer", value=1)
         await house.reach(last)
-        jobs = [await house.queue.get(first), await house.queue.get(second)]
+        jobs = [await house.queue.store.get(first), await house.queue.store.get(second)]
 
     reasons = [row["reason"] for job in jobs for row in job.document["history"] if row["reason"]]
     assert len(reasons) == 1
@@ -660,7 +675,7 @@ async def test_arguments_of_another_signature_are_released(house: House) -> None
         job_id = await house.enqueue("answer", misspelt=1)
 
         async def look() -> str:
-            job = await house.queue.get(job_id)
+            job = await house.queue.store.get(job_id)
             return str(job.document["history"][-1]["reason"] or "")
 
         reason = await eventually_async(look)
@@ -710,7 +725,7 @@ async def test_a_worker_that_was_declared_dead_gives_up_and_starts_over(house: H
 
         await eventually_async(look, what="a new owner is registered")
         assert running.worker.owner.id != before.id
-        job = await house.queue.get(job_id)
+        job = await house.queue.store.get(job_id)
         assert (job.state, job.lease.owner if job.lease else None) == (State.RUNNING, before.id)
         await house.queue.rescue(house.registry.alive_ids)
         await written(tmp_path / "pid")
@@ -730,7 +745,7 @@ async def test_a_worker_without_database_kills_its_jobs_by_its_own_clock(
         async def refuse(*args: Any, **kwargs: Any) -> bool:
             raise AutoReconnect("cut off")
 
-        registry = running.worker._registry
+        registry = running.worker._backend
         with monkeypatch.context() as cut:
             cut.setattr(registry, "beat", refuse)
             cut.setattr(registry, "register", refuse)
@@ -747,10 +762,10 @@ async def test_a_job_it_holds_but_does_not_run_is_released(house: House) -> None
     """As after a claim whose reply was lost."""
     async with house.worker() as running:
         await house.queue.enqueue(JobOrder(name=NAME, args={"what": "answer"}, namespace="elsewhere"))
-        (job,) = await house.queue.claim(running.worker.owner, namespaces=["elsewhere"])
+        (job,) = await house.queue.claims.claim(running.worker.owner, namespaces=["elsewhere"])
 
         async def look() -> Job:
-            seen = await house.queue.get(job.id)
+            seen = await house.queue.store.get(job.id)
             assert seen.lease is None
             return seen
 
@@ -777,7 +792,7 @@ async def test_a_lost_lease_ends_the_job_and_writes_nothing(house: House, tmp_pa
 
         await eventually_async(rescued)
         await gone(pid)
-        job = await house.queue.get(job_id)
+        job = await house.queue.store.get(job_id)
     assert job.crashes == 1
     assert all(row["state"] in ("pending", "running") for row in job.document["history"])
 
@@ -786,7 +801,7 @@ async def test_the_jobs_of_a_dead_worker_are_run_by_another(house: House) -> Non
     ghost = Owner("ghost", "ghost@nowhere", "nowhere", 1)
     await house.registry.register(ghost, slots=1, namespaces=["DEFAULT"], jobs=[], version="0")
     job_id = await house.enqueue("answer", value=7)
-    (claimed,) = await house.queue.claim(ghost, namespaces=["DEFAULT"])
+    (claimed,) = await house.queue.claims.claim(ghost, namespaces=["DEFAULT"])
     await house.queue.start(claimed)
     async with house.worker():
         job = await house.reach(job_id)
@@ -880,7 +895,7 @@ async def test_an_error_in_a_part_of_the_worker_stops_it_and_gives_its_jobs_back
             await running.task
 
         await gone(pid)
-        job = await house.queue.get(job_id)
+        job = await house.queue.store.get(job_id)
     assert (job.state, job.attempts_left, job.crashes) == (State.PENDING, 1, 0)
     assert (await house.registry.list())[0]["state"] == "down"
 

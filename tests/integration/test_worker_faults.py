@@ -62,13 +62,13 @@ class Bench:
         return job.id
 
     async def state(self, job_id: ObjectId) -> str:
-        return (await self.queue.get(job_id)).state
+        return (await self.queue.store.get(job_id)).state
 
     async def wait_for(self, job_id: ObjectId, *states: str, timeout: float = 60) -> dict[str, Any]:
         """The document when the job is in one of these states."""
 
         async def look() -> dict[str, Any]:
-            job = await self.queue.get(job_id)
+            job = await self.queue.store.get(job_id)
             assert job.state in states, f"{job.state}: {job.document['history']}"
             return dict(job.document)
 
@@ -106,7 +106,7 @@ def bench(database: Database, queue: JobQueue, tmp_path: Path) -> Iterator[Bench
 async def test_a_claim_without_an_answer(fault: str, settings: Settings, bench: Bench) -> None:
     """The worker is well and does not know that it holds a job: it finds out, and the job is not charged."""
     job_id = await bench.enqueue("k1")
-    with worker(settings, fault=f"{fault} queues:_cas:update_one 1") as command:
+    with worker(settings, fault=f"{fault} store:cas:update_one 1") as command:
         document = await bench.wait_for(job_id, "complete")
         assert "worker.claim_failed" in command.output
 
@@ -144,7 +144,7 @@ async def test_an_outage_of_the_database_kills_nobody(tmp_path: Path) -> None:
         settings = Settings.load(environ=FAST, mongo_url=server.url, home=tmp_path / "home")
         database = await Database.connect(server.url)
         queue = JobQueue(database, settings)
-        await queue.prepare()
+        await queue.store.prepare()
         bench = Bench(database, queue, tmp_path, history)
         state = running(tmp_path / "home")
         assert state is not None

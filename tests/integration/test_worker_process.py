@@ -52,7 +52,22 @@ async def test_sigterm_lets_the_job_end(command: Command, queue: JobQueue, tmp_p
 
         assert command.wait() == 0
         command.assert_nothing_left()
-    assert (await queue.get(job_id)).state is State.COMPLETE
+    assert (await queue.store.get(job_id)).state is State.COMPLETE
+
+
+async def test_sigterm_ends_one_that_was_started_with_sigint_ignored(
+    command: Command, queue: JobQueue, tmp_path: Path
+) -> None:
+    """As a script does to what it starts with `&`: the worker and its helpers still obey."""
+    ignoring = ["sh", "-c", 'trap "" INT; exec "$@"', "sh", *command.args]
+    with Command(ignoring, command.environ, cwd=tmp_path) as started:
+        started.wait_for("ready")
+        job_id, _ = await begin(queue, "sleep", tmp_path / "pid")
+        started.process.terminate()
+
+        assert started.wait() == 0
+        started.assert_nothing_left()
+    assert (await queue.store.get(job_id)).state is State.COMPLETE
 
 
 async def test_a_second_signal_ends_it_at_once(
@@ -67,7 +82,7 @@ async def test_a_second_signal_ends_it_at_once(
 
         assert command.wait() == 0
         command.assert_nothing_left()
-    job = await queue.get(job_id)
+    job = await queue.store.get(job_id)
     assert (job.state, job.attempts_left, job.crashes) == (State.PENDING, 1, 0)
     assert (await registry.list())[0]["state"] == "down"
 
@@ -85,7 +100,7 @@ async def test_kill_9_leaves_no_process_and_the_job_comes_back(
         command.assert_nothing_left()
     await registry.bury(-60)
     await queue.rescue(registry.alive_ids)
-    job = await queue.get(job_id)
+    job = await queue.store.get(job_id)
     assert (job.state, job.crashes) == (State.PENDING, 1)
 
 
@@ -104,7 +119,7 @@ async def test_a_signal_for_all_its_processes_is_the_workers_to_handle(
             os.kill(process.pid, signal.SIGTERM)
 
         assert command.wait() == 0
-    assert (await queue.get(job_id)).state is State.COMPLETE
+    assert (await queue.store.get(job_id)).state is State.COMPLETE
 
 
 async def test_a_broken_file_is_shown_with_its_traceback(command: Command, tmp_path: Path) -> None:

@@ -194,8 +194,13 @@ class Unruly(CoreJob):
     def frames(self, pidfile: str, value: Any) -> None:
         """What a hostile job may send by itself."""
         for message in value:
-            body = json.dumps(message).encode()
-            os.write(3, len(body).to_bytes(4, "big") + body)
+            body = json.dumps(message, separators=(",", ":")).encode()
+            with open(3, "wb", closefd=False) as pipe:  # of a long one os.write sends a part
+                pipe.write(len(body).to_bytes(4, "big") + body)
+
+    def traceback(self, pidfile: str, value: Any) -> None:
+        failed = {"message": "m" * 200_000, "traceback": ["a"] * value}
+        self.frames(pidfile, [{"failed": failed}])
 
     def output(self, pidfile: str, value: Any) -> None:
         sys.stdout.flush()

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from core4 import schedules
-from tests.chaos.checker import CHECKS, check, fire_id, restart_id
+from tests.chaos.checker import CHECKS, chain_id, check, fire_id, restart_id
 from tests.chaos.evidence import Event, Evidence, Follower, Note, Operation, opened, read_history
 
 JOB, CHILD = "a" * 24, restart_id("a" * 24, 0)
@@ -106,6 +106,13 @@ def test_one_job_of_a_message_sent_twice_passes() -> None:
     ).ok
 
 
+def test_a_chain_and_a_fan_in_pass() -> None:
+    for evidence in (chained(), gathered()):
+        verdict = check(replace(evidence, followers=()))
+
+        assert verdict.ok, str(verdict)
+
+
 def test_more_clean_evidence_passes() -> None:
     """An unknown enqueue that came out, a killed job, a removed one, a restarted one and its child."""
     parent = document(history=(*HISTORY[:4], entry(8, "error", "lease-2")), restarts=1)
@@ -151,6 +158,33 @@ def with_notes(*notes: Note) -> Evidence:
     return replace(CLEAN, ledger=notes)
 
 
+NEXT = chain_id(JOB, "after", 0)
+ONE, TWO = (chain_id(JOB, "before", n) for n in range(2))
+
+
+def chained(job: str = NEXT, *, parent: Mapping[str, Any] | None = None, **more: Any) -> Evidence:
+    """A job that completed at 9, and its follower."""
+    waiting = (entry(1, "pending"), entry(2, "killed"))
+    given: dict[str, Any] = {"enqueued": {"parent_id": JOB, "at": 9}, "args": {"token": "t2"}, **more}
+    first = document(run_after=["t:next"], finished_at=9, **(parent or {}))
+    return replace(CLEAN, journal=(first, document(job, waiting, **given)))
+
+
+def gathered(**one: Mapping[str, Any] | None) -> Evidence:
+    """A job that began at 5 when two others had completed; what is different about `one` of them."""
+    history = (entry(1, "blocked"), entry(2, "pending"), *(replaced_at(each, 5) for each in HISTORY[1:]))
+    parent = document(history=history, run_before=["t:one", "t:two"])
+    more: dict[str, Any] = {"enqueued": {"parent_id": JOB}, "result": None, "finished_at": 4}
+    rows = [document(TWO, **more)]
+    if (different := one.get("one", {})) is not None:
+        rows.append(document(ONE, **{**more, **different}))
+    return replace(CLEAN, journal=(parent, *rows))
+
+
+def replaced_at(each: Mapping[str, Any], at: float) -> dict[str, Any]:
+    return {**each, "rev": each["rev"] + 1, "at": at}
+
+
 E1, E2, E3, E4, E5 = HISTORY
 MESSAGE = asked("message", "k1", result="m1")
 
@@ -179,6 +213,13 @@ BROKEN: Mapping[str, tuple[str, Callable[[], Evidence]]] = {
         ),
     ),
     "follower-that-is-nowhere": ("C8", lambda: replace(CLEAN, journal=(document(run_after=["t:next"]),))),
+    "follower-too-early": ("C8", lambda: chained(enqueued={"parent_id": JOB, "at": 8})),
+    "follower-with-other-arguments": ("C8", lambda: chained(args={"token": "t1"})),
+    "follower-of-a-failure": ("C2", lambda: chained(parent={"state": "error"})),
+    "follower-twice": ("C2", lambda: chained("d" * 24)),
+    "fan-in-without-one": ("C8", lambda: gathered(one=None)),
+    "fan-in-with-a-failure": ("C8", lambda: gathered(one={"state": "error"})),
+    "fan-in-too-early": ("C8", lambda: gathered(one={"finished_at": 6})),
     "begun-before-its-prerequisite": (
         "C8",
         lambda: replace(CLEAN, journal=(document(dependencies=[CHILD]),)),
@@ -215,6 +256,8 @@ BROKEN: Mapping[str, tuple[str, Callable[[], Evidence]]] = {
     "outbox-left": ("C7", lambda: replace(CLEAN, journal=(document(outbox=[1]),))),
     "missed-fire": ("C9", lambda: replace(CLEAN, fires=frozenset({"f" * 24}))),
     "double-fire": ("C9", lambda: replace(CLEAN, fires=frozenset(), journal=(document(schedule_id="s"),))),
+    "malformed-message-lost": ("C10", lambda: replace(CLEAN, malformed=frozenset({"bad1"}))),
+    "good-message-buried": ("C10", lambda: replace(CLEAN, dead=frozenset({"m1"}))),
     "message-lost": ("C10", lambda: with_operations(MESSAGE)),
     "message-doubled": (
         "C10",

@@ -47,7 +47,8 @@ def test_what_is_published_is_json() -> None:
     ("options", "error", "words"),
     [
         ({"retry_polcy": "never"}, UnknownOption, "did you mean retry_policy?"),
-        ({"subprocess": True}, UnknownOption, "not there yet"),
+        ({"subproces": True}, UnknownOption, "did you mean subprocess?"),
+        ({"subprocess": "yes"}, BadOption, "subprocess is 'yes', expected True or False"),
         ({"retry_policy": "sometimes"}, BadOption, "expected one of retry_once, never, retry_always"),
         ({"retry_policy": "never", "attempts": 3}, BadOption, "give one or the other"),
         ({"attempts": 0}, BadOption, "attempts is 0"),
@@ -101,3 +102,17 @@ def test_positional_arguments_have_names() -> None:
         "x-kind": "var_positional",
     }
     assert found["required"] == ["a", "b"]
+
+
+def test_a_call_outside_of_jobs_is_one_of_the_function() -> None:
+    assert etl.twice.call(4) == 8
+    assert etl.transform.call({"a": 1}) == {"data": {"a": 3}}
+    assert asyncio.run(etl.twice.call_async(4)) == 8
+
+
+def test_a_call_that_would_stop_the_loop_is_refused() -> None:
+    async def body() -> None:
+        etl.twice.call(4)
+
+    with pytest.raises(UsageError, match=r"use `await twice\(...\)`"):
+        asyncio.run(body())

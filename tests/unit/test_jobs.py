@@ -15,6 +15,7 @@ from core4.jobs import Job, JobOrder
 from core4.options import DEFAULTS, OPTIONS, PRIORITY_LIMIT, Rate, problem
 from core4.retries import Outcome, decide
 from core4.states import FINAL, MOVES, STOPPED, WAITING, State, highstate
+from core4.store import readable
 
 NOW = datetime(2026, 11, 21, 12, 0, tzinfo=UTC)
 
@@ -182,7 +183,7 @@ def test_no_window_holds_more_starts_than_the_rate(count: int, seconds: float, s
 def test_option_defaults_are_accepted(name: str) -> None:
     """And text or a negative number in its place is named."""
     assert problem(name, DEFAULTS[name]) is None
-    wrong = 5 if name in ("worker", "max_running_key") else "soon"
+    wrong = 5 if name in ("worker", "max_running_key", "return_queues") else "soon"
     assert name in str(problem(name, wrong))
 
 
@@ -210,3 +211,21 @@ def test_option_defaults_are_accepted(name: str) -> None:
 def test_options_are_refused(name: str, value: Any) -> None:
     """Wrong types and ranges, with the option in the text."""
     assert name in str(problem(name, value))
+
+
+def test_what_cannot_be_read_is_left_out_and_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    """Upkeep meets a document that somebody broke by hand again and again: one line says so."""
+    broken = [{"_id": ObjectId()}, {"_id": ObjectId()}]
+    for _ in range(3):
+        assert list(readable(broken)) == []
+
+    assert [record.msg for record in caplog.records] == ["job.unreadable"] * 2
+
+
+def test_what_cannot_be_written_is_refused_like_anything_else() -> None:
+    deep: list[Any] = []
+    for _ in range(5000):
+        deep = [deep]
+    assert (
+        problem("priority", deep) == f"priority is nested without end, expected {OPTIONS['priority'].accepts}"
+    )

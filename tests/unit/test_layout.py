@@ -22,20 +22,22 @@ LAYERS = (
     (
         "words",
         "errors states options jobs results retries chains transitions schemas permissions filters "
-        "signatures cron timetable orders sanity findings messages",
+        "handshake signatures cron timetable orders sanity findings messages sources functions",
     ),
     ("ground", "config faults database changes service embedded identifiers"),
     (
         "stores",
-        "controls events queues bulk catalogue registry logs users schedules doctor brokers inbox rabbit",
+        "controls events returns store outbox claims queues repairs retention bulk catalogue registry logs "
+        "users schedules doctor brokers inbox rabbit children actions attendance",
     ),
-    ("authors", "tasks decorated context attempts discovery testing examples producers"),
+    ("authors", "tasks decorated scripts questions context attempts discovery testing examples producers"),
     ("sides", "api worker"),
     (
         "doors",
-        "cli stack client console display demo __main__ "
+        "manager timers cli stack client handles callers callers_async console display demo __main__ "
         "commands_authors commands_batch commands_bulk commands_control commands_doctor commands_events "
-        "commands_jobs commands_schedules",
+        "commands_functions commands_jobs commands_returns commands_schedules commands_workers "
+        "pool tmux workers",
     ),
 )
 RANK = {module: rank for rank, (_, modules) in enumerate(LAYERS) for module in modules.split()}
@@ -46,6 +48,7 @@ SLIM = (
     "core4.tasks",
     "core4.context",
     "core4.examples",
+    "core4.scripts",
     "core4.worker.launcher",
     "core4.worker.process",
 )

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 from bson import ObjectId
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core4 import jobs
 from core4.jobs import Job, JobOrder
 from core4.retries import Outcome, decide, retry_delay
+from core4.transitions import TRACEBACK_LINES, TRACEBACK_TEXT, clean, shortened
 
 NOW = datetime(2026, 11, 21, 12, 0, tzinfo=UTC)
 FACTORS = st.floats(1, 100) | st.integers(1, 100)
@@ -76,3 +77,25 @@ def test_a_job_of_an_older_version_waits_as_it_did() -> None:
         del document[name]
     decision = decide(Job.from_document(document), Outcome.failed("x", []), NOW)
     assert decision.query_at == NOW + timedelta(seconds=600)
+
+
+@given(st.lists(st.text(max_size=30), max_size=20), st.integers(1, 20_000))
+@settings(max_examples=30)
+def test_a_traceback_keeps_its_head_and_its_tail(some: list[str], times: int) -> None:
+    lines = [clean(line) for line in some] * (times // 20 + 1)
+    kept = shortened(lines)
+    if len(lines) <= TRACEBACK_LINES and sum(map(len, lines)) <= TRACEBACK_TEXT:
+        assert kept == lines
+        return
+    (marker,) = [n for n, line in enumerate(kept) if line.endswith(" lines left out]\n")]
+    assert lines[:marker] == kept[:marker]
+    assert lines[len(lines) - (len(kept) - marker - 1) :] == kept[marker + 1 :]
+    assert len(kept) <= TRACEBACK_LINES
+    assert sum(map(len, kept)) <= TRACEBACK_TEXT
+    assert shortened(kept) == kept
+    assert f"[{len(lines) - len(kept) + 1} lines" in kept[marker]
+
+
+def test_half_a_million_lines_are_cut_in_one_pass() -> None:
+    assert len(shortened(["a"] * 450_000)) == TRACEBACK_LINES - 1
+    assert len(shortened(["a" * 100] * 450_000)) == 2 * ((TRACEBACK_TEXT // 2 - 50) // 100) + 1

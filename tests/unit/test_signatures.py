@@ -10,7 +10,7 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from core4.errors import JobInvalid
-from core4.signatures import check, digest, schema
+from core4.signatures import check, complaint, digest, schema
 
 if TYPE_CHECKING:
     from decimal import Decimal
@@ -154,3 +154,34 @@ def test_many_errors_are_bounded() -> None:
 def test_the_digest_tells_signatures_apart() -> None:
     assert digest(schema(strict)) == digest(schema(strict))
     assert digest(schema(strict)) != digest(schema(example))
+
+
+def test_no_complaint_of_what_is_made_here() -> None:
+    """Whatever a signature says: a worker's own schemas are accepted from it over HTTP."""
+
+    def func(
+        self: Any,
+        plain: Any,
+        when: datetime.date,
+        choice: Literal["a", 1],
+        some: list[dict[str, int | None]],
+        either: str | list[list[float]] | dict[str, Any],
+        *more: dict[str, bool],
+        maybe: Annotated[int, "how many"] | None = None,
+        given: dict[str, Any] = {"pattern": ["x"], "$ref": "http://a"},  # noqa: B006
+        **further: list[int] | None,
+    ) -> None:
+        """Do it.
+
+        Args:
+            some: of these
+        """
+
+    assert complaint(schema(func, positional=True)) is None
+    assert complaint({}) is None
+
+
+def test_a_schema_refers_to_nothing_elsewhere() -> None:
+    """Its author may be anybody: what is not there is an error, and nobody is asked for it."""
+    assert [row["pointer"] for row in check({"$ref": "http://127.0.0.1:9/x"}, {})] == [""]
+    assert check({"$defs": {"x": {"type": "object"}}, "$ref": "#/$defs/x"}, {}) == []

@@ -1,0 +1,789 @@
+"""Functions that are sent as source, over a real API to a real worker; one of each for all tests here."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import os
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+import pytest_asyncio
+from bson import ObjectId
+
+from core4.actions import ACTION
+from core4.callers import Functions, Job
+from core4.callers_async import AsyncFunctions
+from core4.client import ApiError, Client
+from core4.config import Settings
+from core4.database import Database
+from core4.errors import BadArguments, FreeName, SourceRefused
+from core4.handles import JobFailed, WaitTimeout
+from core4.logs import LogStore
+from core4.queues import JobQueue
+from core4.registry import WorkerRegistry
+from core4.users import UserStore
+from tests.helpers import FAST, eventually
+from tests.integration.driver import Api, serving
+from tests.integration.test_worker import House
+from tests.jobs import shipped
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+ANN = ("ann", "ann's password")
+KEY = "ann:" + "k" * 40
+DUMMY = "core4.queue.helper.job.example.DummyJob"
+T = TypeVar("T")
+
+
+class Site:
+    """An API that takes functions, a worker that runs them, and whoever sends them."""
+
+    def __init__(self, house: House, api: Api, folder: Path) -> None:
+        self.house, self.api, self.folder = house, api, folder
+
+    def functions(self, user: tuple[str, str] = ANN, key: str = KEY) -> Functions:
+        return Functions(Client(self.api.root, user), key=key)
+
+    async def do(self, script: Callable[[Functions], T], **who: Any) -> T:
+        """Run a script, which blocks, beside the API and the worker."""
+
+        def run() -> T:
+            with self.functions(**who) as functions:
+                return script(functions)
+
+        return await asyncio.to_thread(run)
+
+    def file(self) -> Path:
+        """A file that functions may see, and that is not there."""
+        return self.folder / os.urandom(8).hex()
+
+    async def log_of(self, job: Job) -> list[str]:
+        return [row["message"] for row in await self.house.lines(ObjectId(job.id))]
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def site(mongo_url: str, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Site]:
+    home = tmp_path_factory.mktemp("functions")
+    name = f"test_functions_{os.getpid()}"
+    settings = Settings.load(
+        environ=FAST,
+        mongo_url=mongo_url,
+        mongo_database=name,
+        home=home,
+        slots=4,
+        functions=True,
+        function_keys=(KEY,),
+        function_folders=(str(home),),
+    )
+    database = await Database.connect(mongo_url, name)
+    queue, logs, registry = JobQueue(database, settings), LogStore(database), WorkerRegistry(database)
+    users = UserStore(database, settings)
+    for store in (queue.store, logs, registry, users):
+        await store.prepare()
+    await users.add(*ANN, allow=["cop", "code"])
+    house = House(database, settings, queue, logs, registry)
+    try:
+        async with serving(settings, database) as api, house.worker("core4.examples"):
+            yield Site(house, api, home)
+    finally:
+        users.close()
+        await database.drop()
+        await database.close()
+
+
+# ---------------------------------------------------------------------- as in myjobs' own tests
+
+
+@pytest.mark.row("M1", "M8", "M16")
+async def test_basic(site: Site) -> None:
+    """Upstream's test 1."""
+
+    def script(functions: Functions) -> None:
+        before = time.time()
+        job = functions.schedule(shipped.addition, a=1, b=2)
+        assert job.state == "NEW"
+        assert functions.scheduled_ids == [job.id]
+        assert functions.results() == [3]
+        job.load()
+        assert (job.state, job.error, job.error_cat, job.result) == ("OK", {}, "NA", 3)
+        assert before - 1 < job.time_created <= job.time_start <= job.time_stop < time.time() + 1
+        assert job.check_ready() is True
+        assert job.id in [each.id for each in functions.find(state="OK", method="addition")]
+        second = functions.schedule(shipped.addition, a=3, b=4)
+        assert functions.results([second.id]) == [7]
+        third = functions.schedule(shipped.addition, a=5, b=6)
+        assert third.wait() is True
+        assert third.result == 11
+
+    await site.do(script)
+
+
+@pytest.mark.row("M5", "M6", "M19")
+async def test_an_error_is_told_or_raised(site: Site) -> None:
+    """Upstream's test 2: the exception carries the job and what the other side said."""
+
+    def script(functions: Functions) -> None:
+        job = functions.schedule(shipped.divide, a=1)
+        with pytest.raises(JobFailed, match="division by zero") as raised:
+            functions.results()
+        assert raised.value.job.id == job.id
+        assert job.id in str(raised.value)
+        assert "return a / b" in str(raised.value.__cause__)
+        with pytest.raises(JobFailed):
+            job.wait(die=True)
+
+        (again,) = functions.wait([job], die=False)
+        assert (again.state, again.error_cat) == ("ERROR", "ERROR")
+        assert set(again.error) == {"message", "traceback"}
+        assert "ZeroDivisionError" in json.loads(json.dumps(again.error))["traceback"]
+        assert functions.results([job.id], die=False) == [None]
+        assert job.wait(die=False) is True
+        good = functions.schedule(shipped.addition, a=1, b=1)
+        assert (good.wait(die=False), good.state, good.error) == (True, "OK", {})
+
+    await site.do(script)
+
+
+@pytest.mark.row("M15", "M17")
+async def test_the_causes_of_an_error(site: Site) -> None:
+    """Upstream's test of a timeout, here for a loop that never yields; and the other categories."""
+
+    def script(functions: Functions) -> None:
+        late = functions.schedule(shipped.spins, timeout=0.5)
+        crash = functions.schedule(shipped.kills_itself)
+        halted = functions.schedule(shipped.spins)
+        wrong = functions.schedule(shipped.divide, a=1)
+        left = functions.schedule(shipped.exits)
+        fine = functions.schedule(shipped.addition, a=1, b=1, timeout=0)
+        eventually(lambda: halted.load().state == "RUNNING")
+        halted.kill()
+        jobs = functions.wait([late, crash, halted, wrong, left, fine], die=False)
+
+        cats = [job.error_cat for job in jobs]
+        assert cats == ["TIMEOUT", "CRASH", "HALTED", "ERROR", "ERROR", "NA"]
+        assert [job.state for job in jobs] == ["ERROR"] * 5 + ["OK"]
+        assert all(job.time_stop >= job.time_start > 0 for job in jobs)
+        assert "SIGKILL" in crash.error["message"]
+
+    await site.do(script)
+
+
+@pytest.mark.row("M10", "M14", "M16")
+async def test_states_are_seen_by_queries(site: Site) -> None:
+    """Upstream's test 3, and each state in its turn: NEW, RUNNING, OK, DONE."""
+    gate, end = site.file(), site.file()
+
+    def script(functions: Functions) -> None:
+        def count(state: str) -> int:
+            return len(functions.find(category="data", state=state))
+
+        first = functions.schedule(shipped.waits_for, path=str(gate))
+        jobs = [
+            functions.schedule(shipped.waits_for, category="data", dependencies=[first], path=str(end))
+            for _ in range(6)
+        ]
+        functions.schedule(shipped.addition, category="other", a=1, b=1)
+        assert [job.time_start for job in functions.find(category="data", state="NEW")] == [0.0] * 6
+        assert (count("RUNNING"), count("OK")) == (0, 0)
+        gate.touch()
+        eventually(lambda: (count("NEW"), count("RUNNING")) == (2, 4))  # it has four slots
+        end.touch()
+        assert functions.results(jobs) == ["OK"] * 6
+        assert (count("NEW"), count("OK"), count("DONE")) == (0, 6, 0)
+
+        assert jobs[0].collect() == "OK"
+        assert (jobs[0].state, jobs[0].ended, jobs[0].result) == ("DONE", True, None)
+        assert (count("OK"), count("DONE")) == (5, 1)
+        with pytest.raises(ApiError) as gone:
+            jobs[0].collect()
+        assert gone.value.status == 410
+        after = functions.schedule(shipped.addition, dependencies=[jobs[0]], a=1, b=1)
+        assert functions.results([after]) == [2]
+        assert {job.category for job in functions.find(category="other")} == {"other"}
+
+    await site.do(script)
+
+
+@pytest.mark.row("M26")
+async def test_placeholders_are_filled(site: Site) -> None:
+    """Upstream's test 6, with values in place of pasted text: they become no code."""
+
+    def script(functions: Functions) -> None:
+        name = '"; import os; os._exit(1) #{count}'
+        count, options = 3, {"deep": [1, None, -0.5, True]}
+        job = functions.schedule(shipped.template, args_replace=locals())
+        assert functions.results([job]) == [[f"hello {name}", count, options, "{unknown}"]]
+        other = functions.schedule(shipped.template, args_replace={"name": "you", "count": 3})
+        assert other.wait()
+        assert other.result == ["hello you", 3, "{options}", "{unknown}"]
+        assert other.action_id != job.action_id
+        with pytest.raises(SourceRefused, match=r"args_replace.*is not JSON"):
+            functions.schedule(shipped.template, args_replace={"name": object()})
+
+    await site.do(script)
+
+
+@pytest.mark.row("M11", "M12")
+async def test_many_are_waited_for(site: Site) -> None:
+    """Upstream's test 7."""
+
+    def script(functions: Functions) -> None:
+        jobs = [functions.schedule(shipped.addition, a=n, b=n) for n in range(10)]
+        assert [job.id for job in functions.wait([*jobs, jobs[0]])] == functions.scheduled_ids
+        assert all(job.state == "OK" for job in jobs)
+        assert functions.results() == functions.results(jobs) == [2 * n for n in range(10)]
+        assert functions.results([jobs[3].id, jobs[1]]) == [6, 2]
+        assert functions.check_all() is True
+        bad = functions.schedule(shipped.divide, a=1)
+        with pytest.raises(JobFailed) as raised:
+            functions.results()
+        assert raised.value.job.id == bad.id
+        assert functions.results([]) == []
+        with pytest.raises(ValueError, match="no job to wait for"):
+            functions.wait([])
+
+    await site.do(script)
+
+
+@pytest.mark.row("M21", "M22", "M23")
+async def test_dependencies(site: Site) -> None:
+    """Upstream's test 9: results of others, and what fails with them."""
+
+    def script(functions: Functions) -> Job:
+        first = functions.schedule(shipped.addition, a=1, b=2)
+        second = functions.schedule(shipped.addition, a=3, b=4)
+        third = functions.schedule(shipped.sums_up, dependencies=[second.id, first])
+        plain = functions.schedule(shipped.has_no_context, dependencies=[first, second])
+        assert third.dependencies == [second.id, first.id]
+        assert functions.results([third, plain]) == [{"sum": 10, "ids": [second.id, first.id]}, 1]
+        functions.look([first, second])
+        assert max(first.time_stop, second.time_stop) <= third.time_start
+
+        bad = functions.schedule(shipped.divide, a=1)
+        waiting = functions.schedule(shipped.sums_up, dependencies=[first, bad])
+        last = functions.schedule(shipped.has_no_context, dependencies=[waiting])
+        functions.wait([bad, waiting, last], die=False)
+        assert [bad.state, waiting.state, last.state, first.state] == ["ERROR", "ERROR", "ERROR", "OK"]
+        assert waiting.error["dependency_failure"] == bad.id
+        assert last.error["dependency_failure"] == waiting.id
+        assert bad.id in last.error["message"]
+        assert [waiting.time_start, last.time_start] == [0.0, 0.0]
+        with pytest.raises(ApiError, match="not found"):
+            functions.schedule(shipped.has_no_context, dependencies=["0" * 24])
+        return third
+
+    assert "adding j" in " ".join(await site.log_of(await site.do(script)))
+
+
+# ---------------------------------------------------------------------- what is accepted
+
+
+@pytest.mark.row("M2")
+async def test_arguments_are_json_and_fit(site: Site) -> None:
+    def script(functions: Functions) -> Job:
+        job = functions.schedule(shipped.numbered, number=5, text="n°")
+        assert (job.kwargs, functions.results([job])) == ({"number": 5, "text": "n°"}, ["n°5"])
+        for wrong in ({1, 2}, object(), b"bytes", float("nan"), {1: 2}):
+            with pytest.raises(SourceRefused, match=r"argument .number. is not JSON"):
+                functions.schedule(shipped.numbered, number=wrong)
+        with pytest.raises(BadArguments, match=r"needs .number."):
+            functions.schedule(shipped.numbered)
+        with pytest.raises(BadArguments, match=r"has no parameter .nmber."):
+            functions.schedule(shipped.numbered, number=1, nmber=2)
+        return job
+
+    assert "this is 5" in await site.log_of(await site.do(script))
+
+
+async def test_arguments_with_names_of_options(site: Site) -> None:
+    def script(functions: Functions) -> None:
+        job = functions.schedule(shipped.sleeps, name="mine", kwargs={"name": "its", "wait": False})
+        assert functions.results([job]) == [["its", False]]
+        assert job.name == "mine"
+        with pytest.raises(TypeError, match="given in kwargs and by name"):
+            functions.schedule(shipped.addition, kwargs={"a": 1}, a=1)
+
+    await site.do(script)
+
+
+@pytest.mark.row("M3")
+async def test_nothing_of_its_module_is_there(site: Site) -> None:
+    def script(functions: Functions) -> None:
+        with pytest.raises(NameError, match=r"name .LIMIT. is not defined inside uses_a_global"):
+            functions.schedule(shipped.uses_a_global, a=1)
+        with pytest.raises(FreeName, match="math"):
+            functions.schedule(shipped.uses_an_import, a=1)
+        around, root = (
+            functions.schedule(shipped.looks_for_a_global),
+            functions.schedule(shipped.imports_inside, a=9),
+        )
+        assert functions.results([around, root]) == [["looks_for_a_global"], 3.0]
+
+    await site.do(script)
+
+
+@pytest.mark.row("M4")
+async def test_what_has_no_source_is_refused(site: Site) -> None:
+    def script(functions: Functions) -> None:
+        typed: dict[str, Any] = {}
+        exec("def typed(): return 1", typed)
+        for wrong, why in (
+            (lambda: 1, "lambda"),
+            (len, "no function written in Python"),
+            (shipped.Actor, "no function written in Python"),
+            (typed["typed"], "must be defined in a file"),
+            (shipped.with_decorator, "decorated"),
+        ):
+            with pytest.raises(SourceRefused, match=why):
+                functions.schedule(wrong)
+        method = functions.schedule(shipped.Actor().method, a=1)
+        assert functions.results([method]) == [2]
+        assert functions.scheduled_ids == [method.id]
+
+    await site.do(script)
+
+
+@pytest.mark.row("M7")
+async def test_the_limit_of_a_wait_is_its_own(site: Site) -> None:
+    end = site.file()
+
+    def script(functions: Functions) -> None:
+        job = functions.schedule(shipped.waits_for, path=str(end))
+        with pytest.raises(WaitTimeout, match=r"has not ended|have not ended") as passed:
+            job.wait(timeout=0.2)
+        assert [each.id for each in passed.value.jobs] == [job.id]
+        assert job.wait(timeout=0.1, die=False) is False
+        (same,) = functions.wait([job], timeout=0.1, die=False)
+        assert same.state in ("NEW", "RUNNING")
+        assert job.check_ready() is False
+        end.touch()
+        assert job.wait()
+        assert job.result == "OK"
+
+    await site.do(script)
+
+
+@pytest.mark.row("M9")
+async def test_names(site: Site) -> None:
+    end = site.file()
+
+    def script(functions: Functions) -> None:
+        assert functions.schedule(shipped.addition, a=1, b=1).name.startswith("j")
+        job = functions.schedule(shipped.waits_for, "nightly", path=str(end))
+        with pytest.raises(ApiError, match=r"nightly.*has not ended") as taken:
+            functions.schedule(shipped.addition, "nightly", a=1, b=1)
+        assert (taken.value.status, taken.value.body["job_id"]) == (409, job.id)
+        end.touch()
+        assert job.wait()
+        again = functions.schedule(shipped.addition, "nightly", a=1, b=1)
+        assert again.wait()
+        assert [each.id for each in functions.find(name="nightly")] == [again.id, job.id]
+        assert functions.jobs.get(job.id).name == "nightly"
+        assert [functions.jobs.exists(each) for each in (job.id, "0" * 24)] == [True, False]
+
+    await site.do(script)
+
+
+@pytest.mark.row("M13")
+async def test_schedule_and_wait_in_one(site: Site) -> None:
+    def script(functions: Functions) -> None:
+        assert functions.schedule(shipped.addition, wait=True, a=2, b=2).result == 4
+        with pytest.raises(JobFailed):
+            functions.schedule(shipped.divide, wait=True, a=2)
+
+    await site.do(script)
+
+
+@pytest.mark.row("M18")
+async def test_a_result_that_is_no_json_is_an_error(site: Site) -> None:
+    def script(functions: Functions) -> None:
+        jobs = [functions.schedule(each) for each in (shipped.returns_a_set, shipped.returns_an_object)]
+        functions.wait(jobs, die=False)
+        for job in jobs:
+            assert (job.state, job.error_cat, job.result) == ("ERROR", "ERROR", None)
+            assert "result is not JSON" in job.error["message"]
+
+    await site.do(script)
+
+
+@pytest.mark.row("M20")
+async def test_die_is_kept_with_the_job(site: Site) -> None:
+    def script(functions: Functions) -> None:
+        quiet = functions.schedule(shipped.divide, die=False, a=1)
+        assert quiet.wait() is True
+        assert (functions.get(quiet.id).die, quiet.state) == (False, "ERROR")
+        assert functions.results([quiet]) == [None]
+        with pytest.raises(JobFailed):
+            quiet.wait(die=True)
+        assert functions.schedule(shipped.addition, a=1, b=1).die is True
+
+    await site.do(script)
+
+
+# ---------------------------------------------------------------------- actions
+
+
+@pytest.mark.row("M24", "M25")
+async def test_one_action_per_source(site: Site) -> None:
+    values = {"name": os.urandom(8).hex()}  # a source that nobody has sent before
+
+    def script(functions: Functions) -> list[str]:
+        jobs = [functions.schedule(shipped.template, args_replace=values) for _ in range(5)]
+        functions.wait()
+        return [job.action_id for job in jobs]
+
+    keys = await asyncio.gather(*(site.do(script) for _ in range(3)))
+    (key,) = {each for some in keys for each in some}
+    stored = (
+        await site.house.database.collection(ACTION).find({"code": {"$regex": values["name"]}}).to_list(None)
+    )
+    assert [row["_id"] for row in stored] == [key]
+
+    def look(functions: Functions) -> None:
+        action = functions.action(key)
+        assert action["key"] == hashlib.sha256(action["code"].encode()).hexdigest()
+        assert (action["methodname"], action["actorname"]) == ("template", "tests.jobs.shipped")
+        assert action["signatures"] == [{"by": "ann", "signer": "ann"}]
+        assert key in [row["key"] for row in functions.actions()]
+
+    await site.do(look)
+
+
+async def test_every_start_and_end_of_an_action_is_audited(site: Site) -> None:
+    values = {"name": os.urandom(8).hex()}
+
+    def script(functions: Functions) -> None:
+        key = functions.schedule(shipped.template, args_replace=values).action_id
+        functions.revoke(key, "a test")
+        lines = functions.client.events(filter={"name": {"in": ["function.new", "function.revoke"]}}).rows
+        mine = [(line["name"], line["author"]) for line in lines if line["data"]["action"] == key]
+        assert sorted(mine) == [("function.new", "ann"), ("function.revoke", "ann")]
+
+    await site.do(script)
+
+
+@pytest.mark.row("M41")
+async def test_a_finished_job_runs_again(site: Site) -> None:
+    def script(functions: Functions) -> None:
+        job = functions.schedule(shipped.numbered, "counted", category="c", number=1)
+        with pytest.raises(ApiError):
+            job.start()
+        job.wait()
+        again = job.start()
+        again.wait()
+        assert again.id != job.id
+        assert (again.result, again.name, again.category) == ("1", "counted", "c")
+        assert (again.action_id, again.kwargs) == (job.action_id, {"number": 1})
+
+    await site.do(script)
+
+
+# ---------------------------------------------------------------------- what is refused
+
+
+async def refused(site: Site, spoil: Callable[[Functions, Job], Any] | None = None, **how: Any) -> str:
+    """Why a job was not run whose action was spoilt while it waited."""
+    gate = site.file()
+    values = {"name": os.urandom(8).hex()}
+
+    def schedule(functions: Functions) -> Job:
+        first = functions.schedule(shipped.waits_for, path=str(gate))
+        with site.functions(**how) as mine:
+            return mine.schedule(shipped.template, args_replace=values, dependencies=[first.id])
+
+    job = await site.do(schedule)
+    if spoil is not None:
+        spoilt = spoil(site.functions(), job)
+        if asyncio.iscoroutine(spoilt):
+            await spoilt
+    gate.touch()
+
+    def look(functions: Functions) -> str:
+        (ended,) = functions.wait([job.id], die=False)
+        assert (ended.state, ended.error_cat, ended.result) == ("ERROR", "ERROR", None)
+        return str(ended.error["message"])
+
+    return await site.do(look)
+
+
+def changed(site: Site, **fields: Any) -> Callable[[Functions, Job], Any]:
+    """A hand in the database, on the action of a job."""
+
+    async def spoil(_: Functions, job: Job) -> None:
+        done = await site.house.database.collection(ACTION).update_one(
+            {"_id": job.action_id}, {"$set": fields}
+        )
+        assert done.modified_count == 1
+
+    return spoil
+
+
+async def test_a_tampered_action_is_refused(site: Site) -> None:
+    evil = "def template():\n    return 'evil'\n"
+
+    assert "has another hash" in await refused(site, changed(site, code=evil))
+
+
+async def test_an_action_that_nobody_signed_is_refused(site: Site) -> None:
+    """Its hash is right: whoever can write to the database can store what he likes, and sign nothing."""
+    code = "def template():\n    return 'evil'\n"
+    key = hashlib.sha256(code.encode()).hexdigest()
+
+    async def spoil(_: Functions, job: Job) -> None:
+        actions = site.house.database.collection(ACTION)
+        honest = await actions.find_one({"_id": job.action_id}) or {}
+        await actions.insert_one({**honest, "_id": key, "code": code})
+        queue = site.house.database.collection("sys.queue")
+        done = await queue.update_one({"_id": ObjectId(job.id)}, {"$set": {"function.key": key}})
+        assert done.modified_count == 1
+
+    assert "signature of [ann]" in await refused(site, spoil)
+
+
+async def test_a_wrong_signature_is_refused(site: Site) -> None:
+    assert "is wrong" in await refused(site, key="ann:" + "w" * 40)
+    assert "does not trust the key [eve]" in await refused(site, key="eve:" + "k" * 40)
+
+
+async def test_another_users_signature_is_no_help_and_no_harm(site: Site) -> None:
+    """Each user's signature is his own: a wrong one of somebody else spoils nothing."""
+    await site.api.users.add("eve", "eve's password", allow=["cop", "code"])
+    eve = ("eve", "eve's password")
+
+    def script(functions: Functions) -> None:
+        with site.functions(eve, "ann:" + "w" * 40) as hers:
+            (job,) = hers.wait([hers.schedule(shipped.addition, a=1, b=1)], die=False)
+            assert "is wrong" in job.error["message"]
+        assert functions.results([functions.schedule(shipped.addition, a=1, b=1)]) == [2]
+
+    await site.do(script)
+
+
+async def test_a_revoked_action_is_refused(site: Site) -> None:
+    def revoke(functions: Functions, job: Job) -> Any:
+        return asyncio.to_thread(functions.revoke, job.action_id, "found to be evil")
+
+    assert "revoked by ann: found to be evil" in await refused(site, revoke)
+
+    def script(functions: Functions) -> None:
+        values = {"name": os.urandom(8).hex()}
+        job = functions.schedule(shipped.template, args_replace=values)
+        assert functions.revoke(job.action_id)["revoked"]["by"] == "ann"
+        with pytest.raises(ApiError, match="was revoked by ann") as again:
+            functions.schedule(shipped.template, args_replace=values)
+        assert again.value.status == 409
+
+    await site.do(script)
+
+
+async def test_an_action_that_is_gone_is_refused(site: Site) -> None:
+    async def spoil(_: Functions, job: Job) -> None:
+        await site.house.database.collection(ACTION).delete_one({"_id": job.action_id})
+
+    assert "is gone" in await refused(site, spoil)
+
+
+@pytest.mark.parametrize(
+    ("rights", "why"),
+    [
+        (["cop"], "no right to send functions as source"),
+        (["job://.*/x"], "no right to send functions as source"),
+        (["code"], "no right to execute job .core4.function.addition."),
+        (["code", "job://.*/r"], "no right to execute job .core4.function.addition."),
+    ],
+)
+async def test_a_submitter_without_permission_is_refused(site: Site, rights: list[str], why: str) -> None:
+    name = "user" + os.urandom(4).hex()
+    await site.api.users.add(name, "a password", allow=rights)
+
+    def script(functions: Functions) -> None:
+        with pytest.raises(ApiError, match=why) as refusal:
+            functions.schedule(shipped.addition, a=1, b=2)
+        assert refusal.value.status == 403
+
+    await site.do(script, user=(name, "a password"))
+
+
+async def test_who_may_not_read_a_job_cannot_depend_on_it(site: Site) -> None:
+    """Its result would be handed to the function."""
+    await site.api.users.add("tim", "a password", allow=["code", r"job://core4\.function\.sums_up/x"])
+
+    def script(functions: Functions) -> None:
+        job = functions.schedule(shipped.addition, a=1, b=2)
+        with site.functions(("tim", "a password")) as his:
+            with pytest.raises(ApiError, match="no right to read"):
+                his.schedule(shipped.sums_up, dependencies=[job.id])
+            mine = his.schedule(shipped.sums_up)
+            assert his.results() == [{"sum": 0, "ids": []}]
+            assert mine.id in [each.id for each in his.find()]
+            assert {each.row["qual_name"] for each in his.find()} == {"core4.function.sums_up"}
+            assert {row["methodname"] for row in his.actions()} == {"sums_up"}
+            with pytest.raises(ApiError, match="no right to read"):
+                his.action(job.action_id)
+
+    await site.do(script)
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "def f(): return LIMIT",
+        "@print\ndef f(): pass",
+        "def f(): pass\ndef g(): pass",
+        "import os",
+        "f = lambda: 1",
+        "def f(: pass",
+        "def f(a=__import__('os').environ, b=evil): pass",
+        "def f():" + "\n if 1:".join(" " * n for n in range(1, 90)) + "pass",
+    ],
+)
+async def test_the_api_checks_the_source_itself(site: Site, code: str) -> None:
+    """Whoever sends requests of his own need not use the client library."""
+    body = {"code": code, "signer": "ann", "signature": "0" * 64}
+    answer = await site.api.call("POST", "/function", json=body, auth=ANN)
+
+    assert answer.status == 400, answer.body
+    assert answer.body["type"].endswith(("source_refused", "free_name"))
+
+
+async def test_a_function_enqueues_nothing(site: Site) -> None:
+    """What jobs enqueue is held against nobody's rights."""
+
+    def script(functions: Functions) -> None:
+        (job,) = functions.wait([functions.schedule(shipped.enqueues)], die=False)
+        assert "EnqueueRefused" in job.error["message"]
+
+    await site.do(script)
+
+
+# ---------------------------------------------------------------------- from asyncio, and in queues
+
+
+async def test_from_asyncio(site: Site) -> None:
+    """The same over coroutines, on the loop that has the API and the worker, too."""
+    async with AsyncFunctions(site.api.root, ANN, key=KEY) as functions:
+        job = await functions.schedule(shipped.addition, a=1, b=2)
+        assert await job.wait(timeout=30)
+        assert (job.state, job.result) == ("OK", 3)
+        bad = await functions.schedule(shipped.divide, category="async", a=1)
+        with pytest.raises(JobFailed, match="division by zero"):
+            await bad.wait()
+        assert await functions.results([job, bad.id], die=False) == [3, None]
+        assert [each.id for each in await functions.find(category="async", state="ERROR")] == [bad.id]
+        end = site.file()
+        late = await functions.schedule(shipped.waits_for, path=str(end))
+        with pytest.raises(WaitTimeout):
+            await functions.wait([late], timeout=0.1)
+        assert await late.check_ready() is False
+        end.touch()
+        assert (await functions.schedule(shipped.addition, wait=True, dependencies=[late], a=1, b=1)).ended
+        assert (await functions.get(late.id)).result == "OK"
+        with pytest.raises(ApiError) as unknown:
+            await functions.get("0" * 24)
+        assert unknown.value.status == 404
+
+
+@pytest.mark.row("M42")
+async def test_ends_go_to_return_queues(site: Site) -> None:
+    """Upstream's test 10, and a failing one, which is told as well."""
+
+    def script(functions: Functions) -> None:
+        queues = ["functions.one", "functions.two"]
+        for number in range(5):
+            functions.schedule(
+                shipped.numbered,
+                return_queues=queues,
+                return_queues_reset=queues if number == 0 else None,
+                number=number,
+            )
+        jobs = functions.wait_queues(queues, 5)
+        assert {job.id for job in jobs} == set(functions.scheduled_ids)
+        assert {job.result for job in jobs} == {"0", "1", "2", "3", "4"}
+        assert jobs[0].return_queues == queues
+        bad = functions.schedule(shipped.divide, return_queues=queues[:1], a=1)
+        assert functions.wait_queue(queues[0], die=False).id == bad.id
+
+    await site.do(script)
+
+
+# ---------------------------------------------------------------------- off, and deleted
+
+
+@pytest.mark.row("M27", "M41")
+async def test_off_unless_switched_on(mongo_url: str, tmp_path: Path) -> None:
+    """An API that takes none, a worker that runs none; then those that do; then all is deleted."""
+    name = f"test_off_{os.urandom(6).hex()}"
+    options: dict[str, Any] = {"mongo_url": mongo_url, "mongo_database": name, "home": tmp_path, "slots": 2}
+    off = Settings.load(environ=FAST, **options)
+    on = replace(off, functions=True, function_keys=(KEY,), function_folders=(str(tmp_path),))
+    database = await Database.connect(mongo_url, name)
+    queue, logs, registry = JobQueue(database, off), LogStore(database), WorkerRegistry(database)
+    users = UserStore(database, off)
+    for store in (queue.store, logs, registry, users):
+        await store.prepare()
+    await users.add(*ANN, allow=["cop", "code"])
+    house = House(database, off, queue, logs, registry)
+    try:
+        async with serving(off, database) as api:
+            with pytest.raises(ApiError, match="takes no functions as source") as refusal:
+                await Site(house, api, tmp_path).do(lambda f: f.schedule(shipped.addition, a=1, b=2))
+            assert refusal.value.status == 403
+        async with serving(on, database) as api:
+            site = Site(house, api, tmp_path)
+            async with house.worker("core4.examples"):
+
+                def unserved(functions: Functions) -> Job:
+                    job = functions.schedule(shipped.addition, a=1, b=2)
+                    assert "no worker is up that runs [core4.function]" in functions.client.flash[0]
+                    other = functions.client.enqueue(DUMMY, {"sleep": 0})
+                    functions.client.wait(other, timeout=30)
+                    assert job.load().state == "NEW"
+                    return job
+
+                job = await site.do(unserved)
+                assert (await queue.store.get(ObjectId(job.id))).fence == 0, "it was not even claimed"
+            async with House(database, on, queue, logs, registry).worker("core4.examples"):
+                assert await site.do(lambda functions: functions.results([job.id])) == [3]
+
+                def wiped(functions: Functions) -> None:
+                    late = functions.schedule(shipped.waits_for, path=str(tmp_path / "never"))
+                    eventually(lambda: late.load().state == "RUNNING")
+                    functions.reset()
+                    assert [functions.find(), functions.actions(), functions.scheduled_ids] == [[], [], []]
+                    assert functions.schedule(shipped.addition, wait=True, a=1, b=1).result == 2
+
+                await site.do(wiped)
+    finally:
+        users.close()
+        await database.drop()
+        await database.close()
+
+
+# ---------------------------------------------------------------------- many
+
+
+@pytest.mark.timeout(1200)  # with a thousand, see below
+async def test_many_from_many(site: Site) -> None:
+    """4 clients at once with 10 sources: 10 actions, and all results in order."""
+    total = int(os.environ.get("CORE4_TEST_FUNCTIONS", "60"))
+    mark = os.urandom(8).hex()
+
+    def script(functions: Functions, client: int) -> list[Any]:
+        for number in range(client, total, 4):
+            functions.schedule(
+                shipped.marked, category=mark, args_replace={"mark": f"{mark}-{number % 10}"}, number=number
+            )
+        return functions.results(timeout=600)
+
+    found = await asyncio.gather(*(site.do(lambda f, c=c: script(f, c)) for c in range(4)))  # type: ignore[misc]
+    wanted = [[[f"{mark}-{n % 10}", n] for n in range(client, total, 4)] for client in range(4)]
+    assert found == wanted
+    actions = await site.house.database.collection(ACTION).count_documents({"code": {"$regex": mark}})
+    assert actions == 10
+    assert len(await site.do(lambda functions: functions.find(category=mark, state="OK"))) == total
