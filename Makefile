@@ -13,6 +13,8 @@ WORKERS ?= 2
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export PIP_NO_INPUT = 1
+# Hundreds of processes are started here: none of them shall compile the modules again.
+unexport PYTHONDONTWRITEBYTECODE
 
 # A seed that an earlier run has printed: make chaos SEED=7
 SEED ?=

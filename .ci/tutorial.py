@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import NoReturn
 
 PATIENCE = 300  # seconds for one command; the first one installs everything
+PORT = "CORE4_PORT"  # the only setting that may come from outside: others may have the usual one
 ENDED = "\x1eended "  # what the shell prints behind each command, with its exit code
 
 
@@ -162,7 +163,9 @@ class Terminal:
 def main(clone: Path, document: Path) -> None:
     """Run all blocks; the first one that does not do what is expected ends it."""
     with tempfile.TemporaryDirectory() as data:
-        environ = {name: value for name, value in os.environ.items() if not name.startswith("CORE4_")}
+        environ = {
+            name: value for name, value in os.environ.items() if name == PORT or not name.startswith("CORE4_")
+        }
         environ |= {"XDG_DATA_HOME": data, "COLUMNS": "120"}
         terminal = Terminal(clone, environ)
         with ExitStack() as staying:
