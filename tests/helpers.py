@@ -148,6 +148,14 @@ def marked(mark: str) -> list[psutil.Process]:
     return found
 
 
+def has_ended(pid: int) -> bool:
+    """True if no process with `pid` runs; one that waits to be reaped by a slow parent does not run."""
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
 def described(processes: Sequence[psutil.Process]) -> list[str]:
     """Pid and command of each, for the message of a failed test."""
     lines = []

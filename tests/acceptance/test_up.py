@@ -111,7 +111,7 @@ def test_kill_9_leaves_nothing_and_loses_nothing(tmp_path: Path) -> None:
         done = stack.enqueue(DUMMY, sleep=0.1)
         stack.wait_for_state(done, "complete")
         held = stack.enqueue(DUMMY, sleep=3600)
-        stack.wait_for_state(held, "running")
+        stack.command.wait_for(f'"event": "job.started", "identifier": "{held}"')
         stack.command.process.kill()
         stack.command.assert_nothing_left()
     with running_stack(tmp_path, CORE4_DUMMY_SLEEP_MAX="0.1") as stack:

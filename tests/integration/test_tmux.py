@@ -18,7 +18,7 @@ from core4.database import Database
 from core4.queues import JobQueue
 from core4.registry import WorkerRegistry
 from core4.tmux import SUPERVISOR, Windows
-from tests.helpers import FAST, clean_environ, eventually_async, program
+from tests.helpers import FAST, clean_environ, eventually, eventually_async, has_ended, program
 from tests.integration.test_pool import LEDGER, Work, count_up
 
 pytestmark = pytest.mark.asyncio
@@ -78,7 +78,7 @@ async def test_two_workers_in_windows(
 
     assert core4(environ, "tmux", "stop").stdout == "stopped\n"
     assert await registry.up() == []
-    assert not psutil.pid_exists(second["pid"])
+    eventually(lambda: has_ended(second["pid"]), what="the process of w2 is gone")
     assert core4(environ, "tmux", "stop").stdout == "there are no windows\n"
 
 
