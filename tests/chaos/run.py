@@ -307,6 +307,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--plant", default="", help="a fault to plant, package.module:function")
     parser.add_argument("--any-figures", action="store_true", help="do not ask for the least figures")
     args = parser.parse_args(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C: nothing is left running
     seed = random.SystemRandom().randrange(10**6) if args.seed is None else args.seed
     home = args.keep or Path(tempfile.mkdtemp(prefix="chaos-", dir=quick_folder()))
     home.mkdir(parents=True, exist_ok=True)
