@@ -29,6 +29,7 @@ from core4.api.addresses import client_address, neighbourhood
 from core4.api.entries import accepted
 from core4.api.envelope import reply
 from core4.api.keys import (
+    ACTIONS,
     BASE,
     CATALOGUE,
     CLOSING,
@@ -51,6 +52,8 @@ from core4.controls import CONTROL
 from core4.database import Document
 from core4.errors import BadRequest, Forbidden, JobNotFound, LeaseLost, TooLarge, Unauthenticated
 from core4.filters import storable
+from core4.functions import NAMESPACE as FUNCTIONS
+from core4.functions import RESULTS
 from core4.jobs import NAMESPACE, Job, Kind, Owner, seq_fence
 from core4.logs import LEVELS, SOURCES, Line
 from core4.registry import LIVING
@@ -258,7 +261,8 @@ async def login(request: web.Request, args: Args) -> web.Response:
     """Let a worker in that proves that it knows the secret.
 
     Raises: Unauthenticated for a wrong proof, a challenge that is not ours, expired or used, or the id of
-    another worker; TooManyRequests for too many of them.
+    another worker; TooManyRequests for too many of them; Forbidden for one that wants functions where there
+    are none.
     """
     secret = _secret(request)
     address = neighbourhood(client_address(request))
@@ -275,6 +279,8 @@ async def login(request: web.Request, args: Args) -> web.Response:
             await request.app[EVENTS].tell("worker.refused", shown, remote=client_address(request))
         raise Unauthenticated("the worker does not know the secret of this manager")
     sign_ins.give_back(*key)
+    if FUNCTIONS in args["namespaces"]:
+        _require_functions(request)
     if not await request.app[USERS].use_once(word, handshake.CHALLENGE_LIFE):
         raise Unauthenticated("the challenge was used before: ask for another one")
     kind = Kind(**arguments.checked(KindWords, args["kind"]))
@@ -445,6 +451,37 @@ async def start(request: web.Request, args: Args) -> Document:
     return _document(await request.app[QUEUE].start(await _held(request, args), **args))
 
 
+async def action(request: web.Request, args: Args) -> Document | None:
+    """The function that a job of its calls: the source, its submitter's signature, whether it was revoked."""
+    job = await _function_held(request, args)
+    return await request.app[ACTIONS].granted(job.document["function"])
+
+
+async def dependencies(request: web.Request, args: Args) -> Document:
+    """The results of the jobs before a function that it holds."""
+    job = await _function_held(request, args)
+    return await request.app[QUEUE].store.results_before(job, most=RESULTS)
+
+
+async def _function_held(request: web.Request, args: Args) -> Job:
+    """The function's job that is meant, if this worker holds it.
+
+    Raises: LeaseLost; Forbidden if this manager has to do with no functions; BadRequest for another job.
+    """
+    job = await _held(request, args)
+    _require_functions(request)
+    if job.document.get("function") is None:
+        raise BadRequest(f"job [{job.id}] is none of a function")
+    return job
+
+
+def _require_functions(request: web.Request) -> None:
+    if not request.app[SETTINGS].functions:
+        raise Forbidden(
+            "this manager has no functions run as source: its operator has not set CORE4_FUNCTIONS"
+        )
+
+
 async def progress(request: web.Request, args: Args) -> None:
     """How far it is."""
     await request.app[QUEUE].progress(await _held(request, args), **args)
@@ -573,6 +610,8 @@ OPERATIONS: Mapping[str, Operation] = {
     "running": Operation(running, ended=True),
     "release": Operation(release, Release, ended=True),
     "start": Operation(start, Start),
+    "action": Operation(action, Held),
+    "dependencies": Operation(dependencies, Held),
     "progress": Operation(progress, Progress),
     "flag": Operation(flag, FlagWords),
     "finish": Operation(finish, Finish, ended=True),

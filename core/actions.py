@@ -83,6 +83,15 @@ class ActionStore:
             raise NotFound(f"action [{key:.100}] not found")
         return found
 
+    async def granted(self, function: Mapping[str, Any]) -> Document | None:
+        """What `verified` needs of the action that a job calls, and nothing of others; None if it is gone.
+
+        Args:
+            function: what the job says of it.
+        """
+        mine = signature_path(str(function["by"]))
+        return await self._actions.find_one({"_id": str(function["key"])}, {"code": 1, "revoked": 1, mine: 1})
+
     async def page(self, where: Mapping[str, Any], *, page: int, per_page: int) -> Page:
         """One page of the actions, newest first, without their code."""
         total = await self._actions.count_documents(dict(where))

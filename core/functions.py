@@ -22,6 +22,7 @@ from core4.states import State
 NAMESPACE = "FUNCTIONS"  # only workers that run functions look there: nobody else passes their jobs by
 SERVES = "core4.function"  # what a worker that runs functions says it serves
 PREFIX = SERVES + "."
+RESULTS = 8 * 1024 * 1024  # bytes that the results of a job's dependencies may have together
 
 STATES = FUNCTION_STATES
 ERROR_CATS = ("NA", "ERROR", "TIMEOUT", "CRASH", "HALTED")

@@ -19,9 +19,9 @@ from pymongo.errors import ConnectionFailure, DuplicateKeyError, PyMongoError
 
 from core4 import identifiers, states, transitions
 from core4.database import Database, Document, Page
-from core4.errors import JobExists, JobNotFound, LeaseLost, Unavailable
+from core4.errors import JobExists, JobNotFound, LeaseLost, SourceRefused, Unavailable
 from core4.events import EventStore, audit_of
-from core4.jobs import HISTORY_LIMIT, Job, Lease
+from core4.jobs import HISTORY_LIMIT, Job, Lease, canonical
 from core4.returns import Returns
 from core4.states import FINAL, WAITING, State
 from core4.transitions import Change
@@ -141,6 +141,25 @@ class JobStore:
             moved = {row["_id"]: Job.from_document(row, journal=True) for row in rows}
             found |= {job_id: moved.get(job_id) for job_id in left}
         return {job_id: job for job_id, job in found.items() if job is None or job.has_ended}
+
+    async def results_before(self, job: Job, *, most: int) -> dict[str, Any]:
+        """The results of a job's dependencies by their ids, in the order in which they were named.
+
+        Args:
+            most: bytes that they may have together.
+
+        Raises: SourceRefused if one is gone, or for more than that.
+        """
+        found: dict[str, Any] = {}
+        for job_id in job.document.get("dependencies") or ():
+            stored = await self.document(job_id)
+            if stored is None or stored[0]["state"] != State.COMPLETE:
+                raise SourceRefused(f"the result of its dependency [{job_id}] is gone")
+            found[str(job_id)] = stored[0].get("result")
+            most -= len(canonical(found[str(job_id)]))
+            if most < 0:
+                raise SourceRefused("the results of its dependencies are too much to be handed over")
+        return found
 
     async def page(
         self,

@@ -133,12 +133,15 @@ class Backend(Protocol):
         """Store lines of its log."""
 
     async def action(self, job: Job) -> Mapping[str, Any] | None:
-        """What is stored of the shipped function that the job calls; None if it is gone."""
+        """What is stored of the shipped function that the job calls; None if it is gone.
+
+        Raises: SourceRefused if it is not given to this worker.
+        """
 
     async def dependencies(self, job: Job) -> Mapping[str, Any]:
         """The results of the jobs before it by their ids, in the order in which they were named.
 
-        Raises: SourceRefused if one is gone.
+        Raises: SourceRefused if one is gone, or if they are more than `core4.functions.RESULTS`.
         """
 
     async def enqueue(

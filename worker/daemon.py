@@ -24,7 +24,7 @@ from core4.changes import Change
 from core4.config import Settings
 from core4.controls import CONTROL, Controls, Stop
 from core4.errors import JobInvalid, LeaseLost
-from core4.functions import NAMESPACE, SERVES
+from core4.functions import SERVES
 from core4.jobs import Job, Kind, Owner
 from core4.schedules import SCHEDULE
 from core4.service import ready
@@ -553,11 +553,9 @@ class Worker:
 
     @property
     def _namespaces(self) -> Sequence[str]:
-        """Where it looks for jobs: functions and an application's tasks have places of their own."""
-        # A worker for debug jobs has nothing else, be it functions or not.
-        more = [NAMESPACE] if self._functions.on and not self._settings.worker_debug else []
-        more += sorted(self._local.namespaces) if self._local is not None else []
-        return tuple(dict.fromkeys((*self._settings.namespaces, *more)))
+        """Where it looks for jobs: an application's tasks have places of their own, too."""
+        more = sorted(self._local.namespaces) if self._local is not None else []
+        return tuple(dict.fromkeys((*functions.namespaces(self._settings), *more)))
 
     def _refusal(self, job: Job, entry: Mapping[str, Any] | None) -> str | None:
         """Why this worker does not run a job that it claimed."""

@@ -18,8 +18,8 @@ from core4.children import call_child, ended_children, enqueue_child, kill_child
 from core4.config import Settings
 from core4.controls import CONTROL, Controls, ControlStore
 from core4.database import Database
-from core4.errors import NotFound, SourceRefused
 from core4.events import EventStore
+from core4.functions import RESULTS
 from core4.inbox import Inbox
 from core4.jobs import Job, Owner
 from core4.logs import Line, LogStore
@@ -27,7 +27,7 @@ from core4.queues import JobQueue
 from core4.registry import WorkerRegistry
 from core4.retries import Outcome
 from core4.schedules import SCHEDULE, ScheduleStore, publish_declared
-from core4.states import Flag, State
+from core4.states import Flag
 from core4.store import QUEUE
 from core4.worker.protocol import Message
 from core4.worker.upkeep import Upkeep
@@ -156,19 +156,10 @@ class Direct:
         await self._logs.append(job, hostname, lines)
 
     async def action(self, job: Job) -> Mapping[str, Any] | None:
-        try:
-            return await self._actions.get(str(job.document["function"]["key"]))
-        except NotFound:
-            return None
+        return await self._actions.granted(job.document["function"])
 
     async def dependencies(self, job: Job) -> Mapping[str, Any]:
-        found: dict[str, Any] = {}
-        for job_id in job.document.get("dependencies") or ():
-            stored = await self._queue.store.document(job_id)
-            if stored is None or stored[0]["state"] != State.COMPLETE:
-                raise SourceRefused(f"the result of its dependency [{job_id}] is gone")
-            found[str(job_id)] = stored[0].get("result")
-        return found
+        return await self._queue.store.results_before(job, most=RESULTS)
 
     async def enqueue(
         self, job: Job, name: str, args: Mapping[str, Any], number: int, *, hostname: str

@@ -153,15 +153,14 @@ class Execution:
             return
         try:
             self._prepared = await self._persist(lambda: self._functions.prepare(self.job))
+            await self._run_in_process()
         except SourceRefused as refused:
             log.warning("function.refused", extra={"reason": refused.detail})
             self.job = await self._persist(lambda: self._backend.start(self.job, pid=os.getpid()))
             await self._record(Outcome.failed(f"refused: {refused.detail}", []), 0)
-            return
-        try:
-            await self._run_in_process()
         finally:
-            await asyncio.to_thread(self._prepared.close)
+            if self._prepared is not None:
+                await asyncio.to_thread(self._prepared.close)
 
     async def _run_in_process(self) -> None:
         try:
@@ -175,6 +174,9 @@ class Execution:
                 return
             # The process waits: it has its order only when the start is recorded.
             self.job = await self._persist(lambda: self._backend.start(self.job, pid=process.pid))
+            if self._prepared is not None:
+                # It may have been revoked while its process was made.
+                await self._persist(lambda: self._functions.source(self.job))
             if self.job.killed_at is not None:
                 self.kill()  # flagged between claim and start, when nobody listened yet
             await self._attend(process)

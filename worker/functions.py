@@ -13,15 +13,15 @@ from typing import Any
 from core4.actions import verified
 from core4.config import Settings
 from core4.errors import ConfigError, SourceRefused
-from core4.functions import record
-from core4.jobs import Job, canonical
+from core4.functions import NAMESPACE, record
+from core4.jobs import Job
+from core4.sources import Source
 from core4.worker import confine, shipped
 from core4.worker.backend import Backend
 from core4.worker.handle import JobProcess, Launcher, LauncherDied
 from core4.worker.protocol import Message
 
 ENTRY: Mapping[str, Any] = {"runs": "process", "fresh": False, "target": "", "module": "", "qualname": ""}
-RESULTS = 8 * 1024 * 1024  # bytes that the results of a job's dependencies may have together
 
 
 def require(settings: Settings) -> None:
@@ -31,14 +31,19 @@ def require(settings: Settings) -> None:
     """
     if not settings.functions:
         return
-    if settings.manager is not None:
-        raise ConfigError("a worker over HTTP runs no functions: unset CORE4_FUNCTIONS, or CORE4_MANAGER")
     if not settings.function_keys:
         raise ConfigError(
             "CORE4_FUNCTIONS is set and CORE4_FUNCTION_KEYS is not: a worker runs the functions of those "
             "whose keys it has; `core4 function key NAME` makes one"
         )
     confine.require()
+
+
+def namespaces(settings: Settings) -> tuple[str, ...]:
+    """Where a worker with these settings looks for jobs: functions have a place of their own."""
+    # A worker for debug jobs has nothing else, be it functions or not.
+    more = (NAMESPACE,) if settings.functions and not settings.worker_debug else ()
+    return tuple(dict.fromkeys((*settings.namespaces, *more)))
 
 
 @dataclass(frozen=True)
@@ -66,20 +71,14 @@ class Functions:
         return self._settings.functions
 
     async def prepare(self, job: Job) -> Prepared:
-        """What this call needs to run; its source is checked once more.
+        """What this call needs to run.
 
-        Raises: SourceRefused if it must not run; one of `TROUBLE`.
+        Raises: as `source`.
         """
-        function: Mapping[str, Any] = job.document["function"]
-        action = await self._backend.action(job)
-        if action is None:
-            raise SourceRefused(f"action [{function['key']}] is gone")
-        source = verified(action, function, self._keys)
+        source = await self.source(job)
         about = record(job.document)
         wants = source.wants_context and shipped.CONTEXT not in job.args
         results = await self._backend.dependencies(job) if wants else {}
-        if len(canonical(results)) > RESULTS:
-            raise SourceRefused(f"the results of its dependencies have more than {RESULTS} bytes")
         folder = Path(tempfile.mkdtemp(prefix="core4-function-"))
         told = {
             "code": source.code,
@@ -96,6 +95,17 @@ class Functions:
             },
         }
         return Prepared({"function": told}, folder)
+
+    async def source(self, job: Job) -> Source:
+        """What the job calls, as it is stored now; checked with this worker's own keys, whoever sent it.
+
+        Raises: SourceRefused if it must not run; one of `TROUBLE`.
+        """
+        function: Mapping[str, Any] = job.document["function"]
+        action = await self._backend.action(job)
+        if action is None:
+            raise SourceRefused(f"action [{function['key']}] is gone")
+        return verified(action, function, self._keys)
 
     async def start(self) -> JobProcess:
         """A process for a function, which waits for its order.

@@ -34,6 +34,7 @@ from core4.retries import Outcome
 from core4.states import Flag
 from core4.store import QUEUE
 from core4.worker.backend import OwnerLost
+from core4.worker.functions import namespaces
 from core4.worker.protocol import Message
 
 log = logging.getLogger(__name__)
@@ -64,7 +65,7 @@ class Remote:
         if settings.manager is None or settings.worker_secret is None:
             raise ConfigError("a worker over HTTP needs CORE4_MANAGER and CORE4_WORKER_SECRET")
         self._url, self._secret = settings.manager.rstrip("/") + _PATH, settings.worker_secret
-        self._namespaces = list(settings.namespaces)
+        self._namespaces = list(namespaces(settings))
         self._tokens: dict[str, str] = {}  # by owner; those of lost owners too, to give back what they held
         self._admitted: set[str] = set()
         self._admitting = asyncio.Lock()
@@ -284,10 +285,12 @@ class Remote:
         await self._of(job, "log", hostname=hostname, lines=rows)
 
     async def action(self, job: Job) -> Mapping[str, Any] | None:
-        return None  # such a worker runs no functions, see core4.worker.functions
+        found: Mapping[str, Any] | None = await self._granted(job, "action")
+        return found
 
     async def dependencies(self, job: Job) -> Mapping[str, Any]:
-        raise SourceRefused("a worker over HTTP runs no functions")
+        found: Mapping[str, Any] = await self._granted(job, "dependencies")
+        return found
 
     async def enqueue(
         self, job: Job, name: str, args: Mapping[str, Any], number: int, *, hostname: str
@@ -308,6 +311,12 @@ class Remote:
 
     async def kill_called(self, job: Job, called: ObjectId) -> None:
         await self._of(job, "kill", called=str(called))
+
+    async def _granted(self, job: Job, what: str) -> Any:
+        try:
+            return await self._of(job, what)
+        except Refused as refused:
+            raise SourceRefused(refused.detail) from None
 
     async def _wish(self, job: Job, what: str, wanted: Mapping[str, Any]) -> Message:
         try:

@@ -79,6 +79,10 @@ def has_no_context(a: int = 1) -> int:
     return a
 
 
+def makes_text(size: int, mark: int) -> str:
+    return str(mark) * size
+
+
 def exits() -> None:
     raise SystemExit(3)
 
