@@ -13,13 +13,14 @@ with Functions() as functions:
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, TypeVar
 
 from core4 import handles
 from core4.client import ApiError, Client
-from core4.handles import DEFAULT_WAIT, Document, Key, Record, Request, Steps
+from core4.handles import DEFAULT_WAIT, Document, Key, Pause, Record, Request, Steps
 
 T = TypeVar("T")
 
@@ -268,7 +269,10 @@ class Functions:
             result: T = done.value
             return result
 
-    def _next(self, steps: Steps[Any], request: Request) -> Request:
+    def _next(self, steps: Steps[Any], request: Request | Pause) -> Request | Pause:
+        if isinstance(request, Pause):
+            time.sleep(request.seconds)
+            return steps.send({})
         try:
             reply = self.client._call(request.method, request.path, request.body)
         except ApiError as error:

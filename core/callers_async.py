@@ -10,6 +10,7 @@ async with AsyncFunctions() as functions:
 
 from __future__ import annotations
 
+import asyncio
 import os
 from base64 import b64encode
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,7 +22,7 @@ import aiohttp
 
 from core4 import handles
 from core4.client import BASE, DEFAULT_URL, ApiError, Unreachable
-from core4.handles import DEFAULT_WAIT, Document, Key, Record, Request, Steps
+from core4.handles import DEFAULT_WAIT, Document, Key, Pause, Record, Request, Steps
 
 T = TypeVar("T")
 
@@ -183,7 +184,7 @@ class AsyncFunctions:
             request = next(steps)
             while True:
                 try:
-                    reply = await self.call(request)
+                    reply = await self._answer(request)
                 except ApiError as error:
                     request = steps.throw(error)
                 else:
@@ -191,6 +192,12 @@ class AsyncFunctions:
         except StopIteration as done:
             result: T = done.value
             return result
+
+    async def _answer(self, request: Request | Pause) -> Document:
+        if isinstance(request, Pause):
+            await asyncio.sleep(request.seconds)
+            return {}
+        return await self.call(request)
 
     async def call(self, request: Request) -> Document:
         """One request, below the API's base; its answer.
@@ -211,5 +218,6 @@ class AsyncFunctions:
             body = None
         if response.status not in (200, 202) or not isinstance(body, dict):
             detail = body.get("detail") if isinstance(body, dict) else "this is no answer of a core4 API"
-            raise ApiError(response.status, str(detail), body if isinstance(body, dict) else None)
+            found = body if isinstance(body, dict) else None
+            raise ApiError(response.status, str(detail), found, response.headers)
         return body

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import math
 import os
 import random
 import time
@@ -20,7 +21,7 @@ from base64 import b64encode
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote, urlsplit
 
 import requests
@@ -51,8 +52,10 @@ DEFAULT_URL = "http://localhost:5001"
 TIMEOUT = (5.0, 60.0)  # connect, read: longer than the server's heartbeat of 15 s
 LONG_POLL = 30.0  # seconds that one request waits for records of a return queue
 MOST_RECORDS = 500  # in one of its answers
+BUSY = (429, 503)
 FIRST_RETRY, LAST_RETRY = 1.0, 30.0  # seconds between two attempts to connect again
 
+T = TypeVar("T")
 Document = dict[str, Any]
 Documents = list[Document]
 
@@ -66,12 +69,19 @@ class ClientError(Exception):
 
 
 class ApiError(ClientError):
-    """The API refused; `status` is HTTP's, `body` all that it said."""
+    """The API refused; `status` is HTTP's, `body` all that it said.
 
-    def __init__(self, status: int, detail: str, body: Document | None = None) -> None:
+    `retry_after` are the seconds after which it may be asked again, if it is only too busy now.
+    """
+
+    def __init__(
+        self, status: int, detail: str, body: Document | None = None, headers: Mapping[str, str] | None = None
+    ) -> None:
         super().__init__(detail)
         self.status = status
         self.body = body or {}
+        said = (headers or {}).get("Retry-After", "")
+        self.retry_after = float(said) if status in BUSY and said.isascii() and said.isdigit() else None
 
     @property
     def code(self) -> str:
@@ -253,7 +263,8 @@ class Client:
         timeout: seconds to connect and to wait for bytes.
 
     `flash` holds the warnings that came with the last answer, such as that no worker serves the job.
-    Every method raises `ApiError` if the API refuses and `Unreachable` if it does not answer.
+    Every method raises `ApiError` if the API refuses and `Unreachable` if it does not answer. Those that wait
+    ask again when the API is only too busy, as long as their time lasts.
     """
 
     def __init__(
@@ -356,8 +367,12 @@ class Client:
     def _result(self, verb: str, job_id: str | None, request_id: str | None, timeout: float) -> Document:
         which = {"job_id": job_id, "request_id": request_id}
         given = {name: text for name, text in which.items() if text is not None}
-        found: Document = self._call("POST", f"job/{verb}/result", {**given, "timeout": timeout})["data"]
-        return found
+
+        def ask(left: float) -> Document:
+            found: Document = self._call("POST", f"job/{verb}/result", {**given, "timeout": left})["data"]
+            return found
+
+        return _patiently(ask, timeout)
 
     def show_queue(self, queue: str, limit: int = 100) -> Documents:
         """The first records of a return queue, oldest first; they stay there."""
@@ -378,10 +393,15 @@ class Client:
             token: a text that nobody else uses: with it the same call can be made again and gets the same
                 records, whatever became of the answer.
         """
-        body: Document = {"size": size, "least": least, "timeout": timeout}
+        body: Document = {"size": size, "least": least}
         body |= {"token": token} if token else {}
-        rows: Documents = self._call("POST", f"return/pull/{quote(queue, safe='')}", body)["data"]
-        return rows
+
+        def ask(left: float) -> Documents:
+            path = f"return/pull/{quote(queue, safe='')}"
+            rows: Documents = self._call("POST", path, {**body, "timeout": left})["data"]
+            return rows
+
+        return _patiently(ask, timeout)
 
     def wait_queue(self, queue: str, size: int = 1, timeout: float = 120.0) -> Documents:
         """`size` records of a return queue, as soon as they are there, in the order in which they came.
@@ -622,7 +642,7 @@ class Client:
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         pause = 0.1
-        while (job := self.show(job_id))["state"] not in FINAL:
+        while (job := _patiently(lambda _: self.show(job_id), _left(deadline)))["state"] not in FINAL:
             left = pause if deadline is None else deadline - time.monotonic()
             if left <= 0:
                 raise TimeoutError(f"job {job_id} is still {job['state']} after {timeout} s")
@@ -779,6 +799,28 @@ class _Follower:
         time.sleep(wish * random.uniform(0.5, 1.0))
 
 
+def _patiently(ask: Callable[[float], T], timeout: float) -> T:
+    """What `ask` is answered, which is given the seconds left.
+
+    Asked again when the API says that it is too busy, as long as there are any.
+    """
+    deadline = time.monotonic() + timeout
+    left = timeout
+    while True:
+        try:
+            return ask(left)
+        except ApiError as error:
+            left = max(deadline - time.monotonic(), 0.0)
+            if error.retry_after is None or not left:
+                raise
+            time.sleep(min(error.retry_after, left))
+            left = max(deadline - time.monotonic(), 0.0)
+
+
+def _left(deadline: float | None) -> float:
+    return math.inf if deadline is None else max(deadline - time.monotonic(), 0.0)
+
+
 def _nobody(_cause: str) -> None:
     """Who does not ask is not told of outages."""
 
@@ -830,9 +872,9 @@ def _refusal(response: requests.Response, reply: Document | None) -> ApiError:
     if reply is None:
         where = response.headers.get("Location")
         hint = f"redirects to {where}" if where else "this does not look like a core4 API"
-        return ApiError(status, f"{response.url} answered {status}: {hint}")
+        return ApiError(status, f"{response.url} answered {status}: {hint}", None, response.headers)
     detail = reply.get("detail") or reply.get("error") or reply.get("message") or f"status {status}"
-    return ApiError(status, str(detail), reply)
+    return ApiError(status, str(detail), reply, response.headers)
 
 
 def _cause(error: requests.RequestException) -> str:

@@ -39,7 +39,14 @@ class Request:
     body: Mapping[str, Any] | None = None
 
 
-Steps = Generator[Request, Document, T]
+@dataclass(frozen=True)
+class Pause:
+    """Nothing is asked for so many seconds; the answer is empty."""
+
+    seconds: float
+
+
+Steps = Generator[Request | Pause, Document, T]
 
 
 class RemoteTraceback(Exception):
@@ -302,7 +309,14 @@ def looked_at(ids: Sequence[str], timeout: float = 0.0) -> Steps[list[Document]]
     while len(rows) < len(ids):
         left = min(max(deadline - time.monotonic(), 0.0), POLL)
         some = ids[len(rows) : len(rows) + TOGETHER]
-        reply = yield Request("POST", "function/job", {"job_ids": some, "timeout": left})
+        try:
+            reply = yield Request("POST", "function/job", {"job_ids": some, "timeout": left})
+        except ApiError as error:
+            if error.retry_after is None or not left:
+                raise
+            # As many of this user's requests wait as may. Who only looks, as at last, needs no place.
+            yield Pause(min(error.retry_after, left))
+            continue
         is_last_look = time.monotonic() >= deadline
         # Those behind one that has not ended are asked for with it again.
         rows += reply["data"] if is_last_look else takewhile(_has_ended, reply["data"])

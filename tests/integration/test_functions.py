@@ -8,17 +8,20 @@ import json
 import os
 import time
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
 import pytest_asyncio
+import requests
 from bson import ObjectId
 
 from core4.actions import ACTION
+from core4.api.keys import SEATS
 from core4.callers import Functions, Job
-from core4.callers_async import AsyncFunctions
+from core4.callers_async import AsyncFunctions, AsyncJob
 from core4.client import ApiError, Client
 from core4.config import Settings
 from core4.database import Database
@@ -28,7 +31,7 @@ from core4.logs import LogStore
 from core4.queues import JobQueue
 from core4.registry import WorkerRegistry
 from core4.users import UserStore
-from tests.helpers import FAST, eventually
+from tests.helpers import FAST, eventually, eventually_async
 from tests.integration.driver import Api, serving
 from tests.integration.test_worker import House
 from tests.jobs import shipped
@@ -710,6 +713,49 @@ async def test_ends_go_to_return_queues(site: Site) -> None:
         assert functions.wait_queue(queues[0], die=False).id == bad.id
 
     await site.do(script)
+
+
+async def test_more_wait_than_may_wait_at_once(site: Site) -> None:
+    """Twenty requests of a user may wait. Who is told so comes again, in the time that it was told."""
+    end = site.file()
+    settings = replace(site.house.settings, streams_per_user=20)
+
+    def told_to_wait() -> bool:
+        lines = requests.get(f"{api.root}/metrics", auth=ANN, timeout=60).text.splitlines()
+        rows = [line for line in lines if line.startswith("core4_http_requests_total") and '"429"' in line]
+        return sum(int(float(row.split()[-1])) for row in rows) >= 8
+
+    def blocks(job: AsyncJob, how: str) -> Any:
+        with Functions(Client(api.root, ANN), key=KEY) as mine:
+            if how == "queue":
+                return mine.wait_queue("functions.busy", timeout=300).id
+            if how == "result":
+                return mine.client.result(job.id, timeout=50)["job_id"]
+            return mine.wait([job.id], timeout=300)[0].id
+
+    async with (
+        serving(settings, site.house.database) as api,
+        AsyncFunctions(api.root, ANN, key=KEY) as functions,
+    ):
+        job = await functions.schedule(
+            shipped.waits_for, return_queues=["functions.busy"], path=str(end), timeout=300
+        )
+        waits = [asyncio.create_task(job.wait(timeout=300)) for _ in range(20)]
+        await eventually_async(lambda: taken(api, 20), 60, what="all places are taken")
+        late = [await functions.get(job.id) for _ in range(5)]
+        waits += [asyncio.create_task(each.wait(timeout=300)) for each in late]
+        threads = ThreadPoolExecutor(4)
+        loop = asyncio.get_running_loop()
+        blocked = [loop.run_in_executor(threads, blocks, job, how) for how in ("queue", "result", "wait")]
+        await eventually_async(lambda: asyncio.to_thread(told_to_wait), 120, what="eight were told to wait")
+        end.touch()
+        assert await asyncio.gather(*waits) == [True] * 25
+        assert await asyncio.gather(*blocked) == [job.id] * 3
+        threads.shutdown()
+
+
+async def taken(api: Api, count: int) -> bool:
+    return api.app[SEATS].open == count
 
 
 # ---------------------------------------------------------------------- off, and deleted

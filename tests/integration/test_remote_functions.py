@@ -230,7 +230,7 @@ async def test_a_job_that_is_no_function_has_no_source(far: Site) -> None:
 
 
 async def test_a_manager_without_functions_has_none_run(far: Site) -> None:
-    """A worker that wants to is told why, and ends; one that does not is welcome. Without keys none starts."""
+    """A worker that wants to is told why, and ends; one that does not is welcome. No key, no start."""
     settings = far.house.settings
     async with serving(replace(settings, functions=False), far.house.database) as api:
         assert (await caller(api, "off").login(namespaces=["DEFAULT", NAMESPACE])).status == 403
