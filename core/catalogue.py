@@ -6,13 +6,15 @@ import fnmatch
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from pymongo.errors import DuplicateKeyError
+from pymongo import ReplaceOne
+from pymongo.errors import BulkWriteError
 
 from core4 import chains
 from core4.database import Database, Document, Page
 from core4.jobs import utcnow
 
 CATALOGUE = "sys.job"
+DUPLICATE = 11000  # what the database says of a key that there is already
 
 
 class Catalogue:
@@ -23,23 +25,31 @@ class Catalogue:
 
     async def publish(self, entries: Sequence[Mapping[str, Any]]) -> None:
         """Store what a worker can run: entries as `core4.discovery.describe` makes them."""
-        for entry in entries:
-            await self._publish({**entry})
-
-    async def _publish(self, entry: Document) -> None:
-        name = entry["_id"]
+        by_name = {str(entry["_id"]): entry for entry in entries}
         for _ in range(2):
-            known = await self._jobs.find_one({"_id": name})
-            now = utcnow()
-            times = {"created_at": (known or {}).get("created_at", now), "updated_at": now}
-            if known is not None and {**known, **times} == {**entry, **times}:
+            changed = await self._changed(by_name)
+            if not changed:
                 return
             try:
-                # All of it: what its author has dropped must not stay.
-                await self._jobs.replace_one({"_id": name}, {**entry, **times}, upsert=True)
+                await self._jobs.bulk_write(changed, ordered=False)
                 return
-            except DuplicateKeyError:
-                continue  # another worker published it first: now it is known
+            except BulkWriteError as error:
+                if {each["code"] for each in error.details["writeErrors"]} != {DUPLICATE}:
+                    raise
+                # Another worker published some of them first: now they are known.
+
+    async def _changed(self, entries: Mapping[str, Mapping[str, Any]]) -> list[ReplaceOne[Document]]:
+        """What is to be written so that these entries stand."""
+        rows = await self._jobs.find({"_id": {"$in": list(entries)}}).to_list(None)
+        known, now = {str(row["_id"]): row for row in rows}, utcnow()
+        found = []
+        for name, entry in entries.items():
+            old = known.get(name)
+            times = {"created_at": (old or {}).get("created_at", now), "updated_at": now}
+            if old is None or {**old, **times} != {**entry, **times}:
+                # All of it: what its author has dropped must not stay.
+                found.append(ReplaceOne({"_id": name}, {**entry, **times}, upsert=True))
+        return found
 
     async def get(self, name: str) -> Document | None:
         """The entry of this qual_name; `hooked` are those of all tasks that can follow from it, if any."""
