@@ -1,9 +1,13 @@
-"""Messages become jobs: the same from the inbox and from RabbitMQ, on a real database and a real broker."""
+"""Messages become jobs: the same from the inbox and from RabbitMQ, on a real database and a real broker.
+
+``CORE4_TEST_FUZZ`` says how many random messages RabbitMQ gets; the full load is 10,000.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import os
 import random
 import uuid
 from collections.abc import AsyncIterator
@@ -26,6 +30,7 @@ from tests.helpers import eventually_async
 from tests.integration.driver import Runner
 from tests.rabbit import make_queue, put, size, taken
 
+FUZZ = int(os.environ.get("CORE4_TEST_FUZZ", "2000"))
 SCHEMA = {
     "type": "object",
     "properties": {"n": {"type": "integer"}, "text": {"type": "string"}},
@@ -111,7 +116,7 @@ async def jobs(database: Database) -> list[Job]:
     return sorted(map(Job.from_document, found), key=lambda job: job.rank)
 
 
-async def reach(database: Database, count: int, timeout: float = 20, every: float = 0.05) -> list[Job]:
+async def reach(database: Database, count: int, timeout: float = 60, every: float = 0.05) -> list[Job]:
     async def look() -> list[Job]:
         found = await jobs(database)
         assert len(found) >= count, f"{len(found)} jobs"
@@ -120,7 +125,7 @@ async def reach(database: Database, count: int, timeout: float = 20, every: floa
     return await eventually_async(look, timeout, every=every)
 
 
-async def buried(post: Post, count: int = 1, timeout: float = 20) -> list[tuple[str, str, bytes]]:
+async def buried(post: Post, count: int = 1, timeout: float = 60) -> list[tuple[str, str, bytes]]:
     found: list[tuple[str, str, bytes]] = []
 
     async def look() -> bool:
@@ -290,18 +295,19 @@ async def test_another_namespace_only_where_that_is_allowed(
     assert job.namespace == "OTHER"
 
 
+@pytest.mark.timeout(900)
 async def test_random_messages_end_nothing(
     post: Post, published: Runner, database: Database, settings: Settings
 ) -> None:
     """Every one of them becomes a dead letter with a reason; what comes afterwards becomes a job."""
     dice = random.Random(7)
-    count = 200 if post.is_inbox else 2000
+    count = FUZZ // 10 if post.is_inbox else FUZZ
     await post.put(*(_malformed(dice) for _ in range(count)))
     await post.put(b'{"name": "tests.Counted", "args": [1]}')
 
     async with ingesting(database, settings, post, broker_patience=0.1):
-        await reach(database, 1, timeout=60)
-        letters = await buried(post, count, timeout=60)
+        await reach(database, 1, timeout=400)
+        letters = await buried(post, count, timeout=400)
 
     assert len(letters) == count
     assert all(reason and detail for reason, detail, _ in letters)
