@@ -58,7 +58,10 @@ async def enqueue(request: web.Request, args: Args) -> web.StreamResponse:
     """POST job: a new job, followed unless `follow` is false."""
     if args["follow"]:
         request.app[SEATS].check(request[USER].name)  # before there is a job that nobody was told of
-    job, replayed = await enqueue_one(request, args, idempotency_key(request))
+    try:
+        job, replayed = await enqueue_one(request, args, idempotency_key(request))
+    except UnknownJob:  # here, and not for each of a batch: the whole catalogue is looked through
+        raise await unknown(request, args["qual_name"]) from None
     if args["follow"]:
         return await follow_job(request, job.id, job.document)
     flash = await unserved(request, job.name, job.namespace)
@@ -86,6 +89,11 @@ async def enqueue_one(request: web.Request, args: Args, key: str | None) -> tupl
         raise KeyReused(f"the Idempotency-Key belongs to another request: it made job [{job.id}]")
     # A client may repeat the request's id, too: then it is an older job by its time.
     return job, job.document["request_id"] != order.request_id or job.document["enqueued"]["at"] < began
+
+
+async def unknown(request: web.Request, name: str) -> UnknownJob:
+    """What is told of a name that is not there: which of those that one may enqueue are like it."""
+    return UnknownJob(name, await request.app[CATALOGUE].similar(name, request[USER].may.may_execute))
 
 
 def idempotency_key(request: web.Request) -> str | None:

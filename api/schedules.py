@@ -16,11 +16,11 @@ from bson import ObjectId
 from core4 import cron, schedules
 from core4.api.envelope import page_reply, reply
 from core4.api.events import audited
-from core4.api.jobs import idempotency_key, unserved, whole
+from core4.api.jobs import idempotency_key, unknown, unserved, whole
 from core4.api.keys import CATALOGUE, QUEUE, REQUEST_ID, SCHEDULES, SETTINGS, USER
 from core4.api.streams import job_headers
 from core4.catalogue import cut, matches
-from core4.errors import BadRequest, Conflict, Forbidden, NotFound, UnknownJob
+from core4.errors import BadRequest, Conflict, Forbidden, NotFound
 from core4.filters import SCHEDULE_FIELDS, compile_filter, compile_search, compile_sort
 from core4.filters import matches as passes
 from core4.orders import check_args
@@ -100,7 +100,7 @@ async def _checked_entry(request: web.Request, known: Schedule | None, args: Arg
     if known is not None and "args" not in args:
         return entry or {}
     if entry is None:
-        raise UnknownJob(qual_name)
+        raise await unknown(request, qual_name)
     check_args(entry, args.get("args", {}), request.app[SETTINGS].args_cap)
     return entry
 

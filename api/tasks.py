@@ -9,10 +9,9 @@ from urllib.parse import quote
 from aiohttp import web
 
 from core4.api.envelope import reply
-from core4.api.jobs import enqueue_one, idempotency_key, unserved
+from core4.api.jobs import enqueue_one, idempotency_key, unknown, unserved
 from core4.api.keys import BASE, CATALOGUE
 from core4.api.streams import job_headers
-from core4.errors import UnknownJob
 from core4.schemas import from_text
 
 Args = dict[str, Any]
@@ -42,7 +41,7 @@ async def _entry(request: web.Request, namespace: str, name: str) -> Entry:
         entry = await request.app[CATALOGUE].get(full)
         if entry is not None and full.partition(":")[0] in (namespace, full):
             return entry
-    raise UnknownJob(f"{namespace}:{name}")
+    raise await unknown(request, f"{namespace}:{name}")
 
 
 def _read(entry: Entry, request: web.Request, name: str, value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -14,6 +15,7 @@ from core4.database import Database, Document, Page
 from core4.jobs import utcnow
 
 CATALOGUE = "sys.job"
+MOST_SIMILAR = 3  # names that are proposed for one that is not there
 DUPLICATE = 11000  # what the database says of a key that there is already
 
 
@@ -72,6 +74,14 @@ class Catalogue:
         """Every entry, by name."""
         return sorted(await self._jobs.find({}).to_list(None), key=lambda entry: str(entry["_id"]))
 
+    async def similar(self, name: str, allowed: Callable[[str], bool]) -> list[str]:
+        """What may be meant by a name that is not there: a name without its namespace, or misspelt."""
+        names = [
+            str(row["_id"]) for row in await self.all() if not row.get("hidden") and allowed(str(row["_id"]))
+        ]
+        same = [each for each in names if _last(each) == _last(name)]
+        return same[:MOST_SIMILAR] or difflib.get_close_matches(name, names, n=MOST_SIMILAR, cutoff=0.8)
+
     async def page(
         self,
         *,
@@ -103,6 +113,11 @@ def matches(search: str, name: str) -> bool:
     """True if `search` occurs in `name`: no case, `?` is one character, `*` any run, the rest is literal."""
     literal = search.replace("[", "[[]")
     return fnmatch.fnmatchcase(name.lower(), f"*{literal.lower()}*")
+
+
+def _last(name: str) -> str:
+    """The name without its namespace or module."""
+    return name.rpartition(":")[2].rpartition(".")[2]
 
 
 def _sortable(value: Any) -> tuple[bool, str]:

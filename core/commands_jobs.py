@@ -441,6 +441,7 @@ def _details(found: Mapping[str, Any]) -> dict[str, Any]:
         "only on": found.get("worker"),
         "flags": ", ".join(name for name, is_set in (found.get("flag") or {}).items() if is_set),
         "parent": enqueued.get("parent_id"),
+        "chain": found.get("chain_id"),
         "restarted as": enqueued.get("child_id"),
         "result": found.get("result"),
         "error": error.get("exception"),
@@ -500,7 +501,7 @@ def _why_not_taken(found: Mapping[str, Any], up: Sequence[Mapping[str, Any]]) ->
     name, namespace = found["qual_name"], found.get("namespace") or "DEFAULT"
     serving = [worker for worker in up if name in (worker.get("jobs") or ())]
     if not serving:
-        return f"no worker that is up runs {name}: start one with `core4 worker -m PACKAGE`"
+        return f"no worker that is up runs {name}: start one with `core4 worker FILE`"
     serving = [worker for worker in serving if namespace in (worker.get("namespaces") or ())]
     if not serving:
         return f"no worker that runs {name} serves the namespace {namespace} (`core4 worker --namespace`)"

@@ -136,10 +136,11 @@ class UnknownJob(NotFound):
 
     code = "unknown_job"
 
-    def __init__(self, qual_name: str) -> None:
+    def __init__(self, qual_name: str, similar: Sequence[str] = ()) -> None:
+        hint = f"; did you mean {' or '.join(similar)}?" if similar else ""
         super().__init__(
             f"unknown job [{qual_name}]: no worker has published it; "
-            "start one with `core4 worker -m PACKAGE` and look it up with `core4 job list`",
+            f"start one with `core4 worker FILE` and look it up with `core4 job list`{hint}",
             qual_name=qual_name,
         )
 

@@ -241,7 +241,7 @@ def _fields(parse: Parser, paths: str, *, private: bool = False) -> dict[str, Fi
 
 
 JOB_FIELDS: Mapping[str, Field] = {
-    **_fields(object_id, "_id enqueued.parent_id enqueued.child_id"),
+    **_fields(object_id, "_id enqueued.parent_id enqueued.child_id chain_id"),
     **_fields(state, "state"),
     **_fields(text, "namespace worker locked.worker enqueued.username enqueued.hostname"),
     **_fields(text, "category error_cat held"),

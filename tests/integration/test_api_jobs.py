@@ -14,6 +14,7 @@ from core4.api.jobs import whole
 from core4.config import Settings
 from core4.database import Database
 from core4.retries import Outcome
+from core4.users import UserStore
 from tests.integration.driver import Api, Runner, bearer, order, serving
 
 UNKNOWN = "5f6252b42e84fa29038a3e3f"
@@ -76,6 +77,30 @@ async def test_unknown_name(api: Api) -> None:
 
     assert (answer.status, answer.body["type"]) == (404, "urn:core4:problem:unknown_job")
     assert "core4 worker" in answer.body["detail"]
+
+
+@pytest.mark.parametrize("path", ["/job", "/schedule/x", "/NONE/task/extract"])
+async def test_an_unknown_name_is_held_against_those_that_are_known(
+    api: Api, runner: Runner, users: UserStore, path: str
+) -> None:
+    """A task without its namespace, a word that is misspelt; nobody is told of what is not for him."""
+    for name in ("ETL:extract", "CIA:extract", "tests.Report"):
+        await runner.publish(name)
+    await users.add("ann", "x" * 12, allow=["job://ETL:.*/x", "job://[a-z]*\\.[A-Z].*/x", "job://extract/x"])
+
+    async def told(name: str) -> str:
+        method, body = "POST", {"qual_name": name}
+        if path.startswith("/schedule"):
+            method, body = "PUT", {**body, "expression": "@daily"}
+        if path.startswith("/NONE"):
+            body = {}
+        answer = await api.call(method, path, json=body, auth=("ann", "x" * 12))
+        assert answer.status == 404
+        return str(answer.body["detail"])
+
+    assert (await told("extract")).endswith("did you mean ETL:extract?")
+    if "task" not in path:
+        assert (await told("tests.Raport")).endswith("did you mean tests.Report?")
 
 
 async def test_job_exists(api: Api) -> None:

@@ -38,6 +38,7 @@ NOON = datetime(2026, 1, 31, 12, tzinfo=UTC)
         ({"enqueued.at": {"gt": "2026-01-31T12:00:00"}}, {"enqueued.at": {"$gt": NOON}}),
         ({"finished_at": {"lt": "2026-01-31T13:00:00+01:00"}}, {"finished_at": {"$lt": NOON}}),
         ({"_id": ID}, {"_id": {"$eq": ObjectId(ID)}}),
+        ({"chain_id": ID}, {"chain_id": {"$eq": ObjectId(ID)}}),
         ({"_id": {"in": [ID]}}, {"_id": {"$in": [ObjectId(ID)]}}),
         ({"killed_at": {"exists": True}}, {"killed_at": {"$ne": None}}),
         ({"worker": {"exists": False}}, {"worker": {"$eq": None}}),
