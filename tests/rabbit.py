@@ -70,7 +70,7 @@ class Rabbit:
                 stderr=output,
                 start_new_session=True,
             )
-        eventually(self._answers, 60, what=f"RabbitMQ answers; see {self.home / 'output'}")
+        eventually(self._answers, 180, what=f"RabbitMQ answers; see {self.home / 'output'}")
 
     def _answers(self) -> bool:
         assert self._process.poll() is None, (self.home / "output").read_text()[-2000:]
@@ -103,7 +103,7 @@ class Rabbit:
             env=self._environ,
             check=True,
             capture_output=True,
-            timeout=60,
+            timeout=180,
         )
 
 

@@ -67,7 +67,7 @@ async def insist_raw(url: str, queue: str, bodies: list[bytes], ids: list[str]) 
             await asyncio.sleep(0.2)
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(900)
 async def test_restarts_and_cuts_lose_and_double_nothing(
     rabbit: Rabbit, cutter: Cutter, counted: None, database: Database, settings: Settings, queue_name: str
 ) -> None:
@@ -93,17 +93,17 @@ async def test_restarts_and_cuts_lose_and_double_nothing(
             await stack.enter_async_context(ingesting(database, settings, post, broker_url=url))
         sending = asyncio.create_task(send())
         for count in (100, 300, 500):
-            await reach(database, count, timeout=60, every=0.2)
+            await reach(database, count, timeout=200, every=0.2)
             cuts += cutter.cut()
         await asyncio.to_thread(rabbit.stop_app)
         await asyncio.to_thread(rabbit.start_app)
         await sending
-        await reach(database, 950, timeout=90, every=0.2)
+        await reach(database, 950, timeout=200, every=0.2)
 
         async def all_settled() -> bool:
             return await size(rabbit.url, queue_name) == 0
 
-        await eventually_async(all_settled, 60)
+        await eventually_async(all_settled, 120)
 
     letters = await taken(rabbit.url, f"{queue_name}.dead")
     found = await jobs(database)
