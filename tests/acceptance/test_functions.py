@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import os
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+import tempfile
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from pymongo import MongoClient
 from pymongo.uri_parser import parse_uri
@@ -26,6 +29,7 @@ from tests.jobs import hostile, shipped
 
 ANN = ("ann", "ann's password")
 KEY = "ann:" + "k" * 40
+SECRET = "canary-secret-0123456789"  # of workers over HTTP
 
 # Verbatim, but for the first two lines.
 DOCUMENT = """
@@ -45,21 +49,68 @@ else:
     print("Job failed")
 """
 
-# Opens a file that what it becomes inherits, then becomes the command of its arguments without any privilege
-# that root has.
+NOBODY = 65534
+# Opens a file that what it becomes inherits, then becomes the command of its arguments: as another user,
+# without any privilege of root. That user is shown the folders of Python and of ours, should they be in one
+# that is closed to others; nobody else sees that.
 WITHOUT_PRIVILEGES = """
 import ctypes, os, sys
-os.set_inheritable(os.open(sys.argv[1], os.O_RDONLY), True)
+from pathlib import Path
+opened, user, root, command = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4:]
+libc = ctypes.CDLL(None, use_errno=True)
+
+def mount(source, target, kind, flags, data=None):
+    if libc.mount(source.encode(), target.encode(), kind, flags, data) != 0:
+        raise OSError(ctypes.get_errno(), target)
+
+def closed(folder):
+    return [str(each) for each in reversed(Path(folder).parents) if not each.stat().st_mode & 1][:1]
+
+def show(folders):
+    REC, PRIVATE, BIND = 0x4000, 0x40000, 0x1000
+    hidden = {above for folder in folders for above in closed(folder)}
+    if hidden and libc.unshare(0x20000) == 0:
+        mount('none', '/', None, REC | PRIVATE)
+        held = {folder: os.open(folder, os.O_RDONLY) for folder in folders if closed(folder)}
+        for above in hidden:
+            mount('none', above, b'tmpfs', 0, b'mode=755')
+        for folder, fd in held.items():
+            os.makedirs(folder, exist_ok=True)
+            mount(f'/proc/self/fd/{fd}', folder, None, BIND)
+
+if opened:
+    os.set_inheritable(os.open(opened, os.O_RDONLY), True)
+if user != os.getuid():
+    show({sys.base_prefix, sys.prefix, root})
 for capability in range(64):
-    ctypes.CDLL(None).prctl(24, capability, 0, 0, 0)
-os.execv(sys.argv[2], sys.argv[2:])
+    libc.prctl(24, capability, 0, 0, 0)
+if user != os.getuid():
+    os.setgroups([])
+    os.setresgid(user, user, user)
+    os.setresuid(user, user, user)
+os.execv(command[0], command)
 """
+
+
+def become(user: int, opened: str = "") -> list[str]:
+    """What a command is put behind to run as this user, without privileges."""
+    return [sys.executable, "-c", WITHOUT_PRIVILEGES, opened, str(user), str(ROOT)]
+
+
+@functools.cache
+def somebody() -> int:
+    """A user without privileges: ourselves, or another one if we are root and he may run this interpreter."""
+    if os.getuid() != 0:
+        return os.getuid()
+    tried = subprocess.run([*become(NOBODY), sys.executable, "-c", "import core4"], check=False)
+    return 0 if tried.returncode else NOBODY
 
 
 @pytest.fixture
 async def api(mongo_url: str, database: Database, database_name: str, tmp_path: Path) -> AsyncIterator[Api]:
     """An API that takes functions, and Ann, who may send them."""
-    settings = Settings.load(environ=FAST, mongo_url=mongo_url, mongo_database=database_name, functions=True)
+    given = {"mongo_url": mongo_url, "mongo_database": database_name, "worker_secret": SECRET}
+    settings = Settings.load(environ=FAST, **given, functions=True)
     users = UserStore(database, settings)
     await users.prepare()
     await users.add(*ANN, allow=["code", r"job://core4\.function\..*/x"])
@@ -77,7 +128,8 @@ def worker(mongo_url: str, database_name: str, *command: str | Path, **more: str
         "CORE4_FUNCTION_KEYS": KEY,
         **more,
     }
-    return Command([*command, program("core4"), "worker"], environ)
+    given = {name: value for name, value in environ.items() if value}
+    return Command([*command, program("core4"), "worker"], given)
 
 
 def environment(api: Api) -> dict[str, str]:
@@ -109,44 +161,76 @@ def first(functions: Functions) -> list[Any]:
     return eventually(functions.find, what="a job of a function")
 
 
-async def test_a_spy_finds_nothing(api: Api, mongo_url: str, database_name: str, tmp_path: Path) -> None:
-    """Canaries in environment, settings file, database URL and open files of the worker."""
-    file, opened = tmp_path / "core4.toml", tmp_path / "opened"
-    file.write_text('worker_name = "spied"  # canary-file\n')
-    opened.write_text("canary-opened")
-    url = f"{mongo_url}{'&' if '?' in mongo_url else '/?'}appName=canary-url"
-    secrets = {"SOME_SECRET": "canary-environment", "CORE4_CONFIG": str(file)}
-    paths = [str(file), str(opened)]
-    ports = [port for _, port in parse_uri(mongo_url)["nodelist"]]  # of what asks for no password
-    call = f"snoops([], {paths!r}, {ports!r})"
-    naked = f"import json; from tests.jobs.hostile import snoops; print(json.dumps({call}))"
-    control = subprocess.run(
-        [sys.executable, "-c", naked],
+@pytest.fixture
+def nest() -> Iterator[Path]:
+    """A folder that belongs to who runs the worker."""
+    with tempfile.TemporaryDirectory(prefix="core4-nest-") as name:
+        folder = Path(name)
+        for each in (folder, folder / "spy"):
+            each.mkdir(exist_ok=True)
+            os.chown(each, somebody(), -1)
+        yield folder
+
+
+def snoop(nest: Path, *where: Any, **secrets: str) -> dict[str, Any]:
+    """What the spy finds as that user when nothing shuts it in; it sends signal 0."""
+    call = f"import json; from tests.jobs.hostile import snoops; print(json.dumps(snoops(*{where!r}, 0)))"
+    done = subprocess.run(
+        [*become(somebody()), sys.executable, "-c", call],
         capture_output=True,
         text=True,
-        cwd=ROOT,
+        cwd=nest / "spy",
         check=True,
-        env={**os.environ, **secrets},
+        env={**os.environ, "PYTHONPATH": str(ROOT), **secrets},
     )
-    seen = " ".join(json.loads(control.stdout.splitlines()[-1])["found"])
-    assert "canary-environment" in seen, "the spy does not see what it should see here"
-    assert "canary-file" in seen
-    assert "is connected" in seen
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
-    with worker(url, database_name, sys.executable, "-c", WITHOUT_PRIVILEGES, opened, **secrets) as running:
-        running.wait_for("ready")
+
+@pytest.mark.parametrize("over", ["database", "http"])
+async def test_a_spy_finds_nothing(
+    over: str, api: Api, mongo_url: str, database: Database, database_name: str, nest: Path
+) -> None:
+    """Canaries in environment, settings file, database URL, secret and open files of the worker.
+
+    That runs as a user without privileges, as the spy does: of what it owns only the doors of a shipped
+    function keep it away, and its own process is not to be looked into even by a spy without them.
+    """
+    user = somebody()
+    file, opened = nest / "core4.toml", nest / "opened"
+    for path, content in ((file, 'worker_name = "spied"  # canary-file\n'), (opened, "canary-opened")):
+        path.write_text(content)
+        path.chmod(0o600)
+        os.chown(path, user, -1)
+    url = f"{mongo_url}{'&' if '?' in mongo_url else '/?'}appName=canary-url"
+    secrets = {"SOME_SECRET": "canary-environment", "CORE4_CONFIG": str(file), "CORE4_HOME": str(nest)}
+    how = {"CORE4_MONGO_URL": url}
+    if over == "http":
+        how = {"CORE4_MONGO_URL": "", "CORE4_MANAGER": api.root, "CORE4_WORKER_SECRET": SECRET}
+    paths = [str(file), str(opened)]
+    ports = [api.port, *(port for _, port in parse_uri(mongo_url)["nodelist"])]  # which asks for no password
+    control = " ".join(snoop(nest, [], paths, ports, **secrets)["found"])
+    for word in ("canary-environment", "canary-file", "is connected"):
+        assert word in control, "the spy does not see what it should see here"
+
+    with worker(url, database_name, *become(user, str(opened)), **secrets, **how) as running:
+        await asyncio.to_thread(running.wait_for, "ready")  # the API is on this loop
+        assert psutil.Process(running.process.pid).uids().real == user
+        outside = await asyncio.to_thread(snoop, nest, [running.process.pid], [], [])
         pids = [running.process.pid, os.getpid(), os.getppid()]
 
         def script() -> tuple[dict[str, Any], int, str]:
             with Functions(Client(api.root, ANN), key=KEY) as functions:
                 job = functions.schedule(hostile.snoops, pids=pids, paths=paths, ports=ports)
-                job.wait(timeout=60)
+                job.wait(timeout=120)
                 log = [line["message"] for line in functions.client.log(job.id, per_page=500).rows]
                 after = functions.schedule(shipped.addition, wait=True, a=1, b=2)
                 return job.result, after.result, " ".join(log)
 
         result, after, log = await asyncio.to_thread(script)
+        await asyncio.to_thread(running.stop)
 
+    assert outside["found"] == [], "the worker can be looked into"
     assert result["found"] == []
     assert result["refused"] > result["made"] / 2
     assert "canary" not in log

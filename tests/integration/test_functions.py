@@ -213,6 +213,35 @@ async def test_states_are_seen_by_queries(site: Site) -> None:
     await site.do(script)
 
 
+@pytest.mark.row("M40")
+async def test_jobs_are_found_and_changed_by_field(site: Site) -> None:
+    """A state is for who runs the job. What may be done is done to all of a field."""
+    gate, mark = site.file(), os.urandom(8).hex()
+
+    def script(functions: Functions) -> None:
+        first = functions.schedule(shipped.waits_for, path=str(gate))
+        a, b = (
+            [
+                functions.schedule(shipped.addition, category=mark + name, dependencies=[first], a=n, b=1)
+                for n in range(3)
+            ]
+            for name in "ab"
+        )
+        rows = functions.client.queue(filter={"category": mark + "a"}).rows
+        assert {row["_id"] for row in rows} == {job.id for job in a}
+        told = functions.client.bulk("kill", {"category": mark + "a", "name": "core4.function.addition"})
+        assert (told["matched"], told["changed"]) == (3, 3)
+        functions.look([*a, *b])
+        assert [job.error_cat for job in a] == ["HALTED"] * 3
+        assert [job.state for job in b] == ["NEW"] * 3
+        gate.touch()
+        assert functions.results(b) == [1, 2, 3]
+        with pytest.raises(AttributeError):
+            a[0].state = "OK"  # type: ignore[misc]
+
+    await site.do(script)
+
+
 @pytest.mark.row("M26")
 async def test_placeholders_are_filled(site: Site) -> None:
     """Upstream's test 6, with values in place of pasted text: they become no code."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 
-def snoops(pids: list[int], paths: list[str], ports: list[int]) -> dict[str, Any]:
-    """What it has found, and how many tries were refused; the arguments are where to look."""
+def snoops(pids: list[int], paths: list[str], ports: list[int], signal: int = 9) -> dict[str, Any]:
+    """What it has found, and how many tries were refused. Told where to look, and what signal to send."""
     import ctypes
     import gc
     import os
@@ -109,5 +109,5 @@ def snoops(pids: list[int], paths: list[str], ports: list[int]) -> dict[str, Any
     for port in ports:
         attempt(f"port {port}", connected, port)
     for pid in pids:
-        attempt(f"signal {pid}", os.kill, pid, 9)
+        attempt(f"signal {pid}", os.kill, pid, signal)
     return {"found": found, **tries}

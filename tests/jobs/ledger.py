@@ -22,15 +22,17 @@ def note(path: str, *words: object) -> None:
 
 
 class LedgerJob(CoreJob):
-    """Notes its start and its end."""
+    """Notes its start and its end, which is not before a file `gate` is there."""
 
     author = "tests"
     qual_name = "tests.jobs.LedgerJob"
 
-    def execute(self, ledger: str, n: int, seconds: float = 0.05) -> dict[str, Any]:
+    def execute(self, ledger: str, n: int, seconds: float = 0.05, gate: str | None = None) -> dict[str, Any]:
         note(ledger, "start", self.job_id, self.attempt)
         self.logger.info("job %d", n)
         time.sleep(seconds)
+        while gate and not os.path.exists(gate):
+            time.sleep(0.02)
         note(ledger, "end", self.job_id, self.attempt)
         return {"n": n}
 
