@@ -28,6 +28,8 @@ from core4.errors import ConfigError
 from core4.service import end, spawn, tail_of
 
 if TYPE_CHECKING:
+    from pymongo.collection import Collection
+
     from core4.config import Settings
 
 SERVERS = ("mongod", "secantusd-rs", "secantusd-py")
@@ -195,6 +197,8 @@ class EmbeddedServer:
             port, self._last_port = self._last_port or free_port(), None
             output = self._launch(kind, program, data, port)
             if self._wait_until_up(kind, port):
+                if kind == "secantusd-rs":
+                    _refuse_stale_keys(self.url, program)
                 return self.url
             # Between our look and the server's bind another process may have taken the port.
             if "address already in use" not in output().lower():
@@ -323,6 +327,40 @@ def _answers(state: ServerState, timeout: float) -> bool:
         return False
     finally:
         client.close()
+    return True
+
+
+def _refuse_stale_keys(url: str, program: str) -> None:
+    from pymongo import MongoClient
+
+    client: MongoClient[dict[str, Any]] = MongoClient(url)
+    try:
+        if frees_keys(client["core4_probe"]["keys"]):
+            return
+    finally:
+        client.drop_database("core4_probe")
+        client.close()
+    raise ConfigError(
+        f"{program} keeps the old key of a unique index when a document changes: numbers of workers and "
+        "slots of jobs would stay taken for ever. Take it off PATH, and "
+        "secantusd-py is used; or set CORE4_MONGO_URL"
+    )
+
+
+def frees_keys(collection: Collection[dict[str, Any]]) -> bool:
+    """True if a value of a unique index can be had again once its document has another one.
+
+    secantusd-rs 0.5.3-beta.193 and .196 were seen to fail here.
+    """
+    from pymongo.errors import DuplicateKeyError
+
+    collection.create_index("key", unique=True)
+    try:
+        collection.insert_one({"_id": "first", "key": 1})
+        collection.update_one({"_id": "first"}, {"$set": {"key": 2}})
+        collection.insert_one({"_id": "second", "key": 1})
+    except DuplicateKeyError:
+        return False
     return True
 
 

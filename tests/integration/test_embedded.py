@@ -25,6 +25,7 @@ from core4.embedded import (
     NoServer,
     database_url,
     find_server,
+    frees_keys,
     running,
 )
 from core4.errors import ConfigError
@@ -258,6 +259,16 @@ def test_better_server_does_not_hide_the_data(tmp_path: Path, monkeypatch: pytes
 
     assert find_server(tmp_path / "new") == ("mongod", str(tools / "mongod"))
     assert find_server(used) == ("secantusd-py", str(tools / "secantusd-py"))
+
+
+def test_a_server_that_keeps_old_keys_is_told_from_others(mongo_url: str, database_name: str) -> None:
+    """The look that keeps secantusd-rs out while it has this fault: a key that stays taken is found."""
+    with MongoClient[dict[str, Any]](mongo_url) as client:
+        database = client[database_name]
+        assert frees_keys(database["sound"])
+        database["stale"].insert_one({"_id": "stays", "key": 1})
+        assert not frees_keys(database["stale"])
+        client.drop_database(database_name)
 
 
 def test_unwritable_folder_is_named(tmp_path: Path) -> None:
