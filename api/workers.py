@@ -277,7 +277,7 @@ async def login(request: web.Request, args: Args) -> web.Response:
         shown = f"{args['name'][:100]} {args['hostname'][:100]}"
         if sign_ins.is_news():
             await request.app[EVENTS].tell("worker.refused", shown, remote=client_address(request))
-        raise Unauthenticated("the worker does not know the secret of this manager")
+        raise Unauthenticated("the worker does not know the secret of this manager (CORE4_WORKER_SECRET)")
     sign_ins.give_back(*key)
     if FUNCTIONS in args["namespaces"]:
         _require_functions(request)

@@ -82,6 +82,8 @@ def worker(
     settings = load_settings(jobs=files + modules, **overrides)
     if settings.manager is not None and (dynamic or windows is not None):
         raise click.UsageError("that looks into the database: with --manager use --processes")
+    if settings.manager is not None and settings.worker_secret is None:
+        raise click.UsageError("--manager needs CORE4_WORKER_SECRET: the secret that the manager was given")
     if windows is not None:
         return _open_windows(settings, windows)
     from core4.embedded import database_url

@@ -133,7 +133,9 @@ class Remote:
             ) as response:
                 body = await response.read()
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise Unavailable(f"the manager does not answer: {error!r:.150}") from error
+            raise Unavailable(
+                f"the manager does not answer: {str(error) or type(error).__name__:.150}"
+            ) from error
         if response.status != 200:
             raise _refusal(response.status, body)
         if response.content_type == "application/bson":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -34,7 +33,7 @@ from core4.users import UserStore
 from core4.worker.daemon import Worker
 from core4.worker.handle import Launcher
 from core4.worker.remote import Remote
-from tests.helpers import FAST, eventually_async, program, unsettled
+from tests.helpers import FAST, clean_environ, eventually_async, program, unsettled
 from tests.integration.driver import Answer, Api, Runner, bearer, order, serving
 from tests.integration.test_calls import CALLING
 from tests.integration.test_task_runs import Floor
@@ -669,20 +668,45 @@ async def test_a_worker_of_another_namespace_than_its_jobs_runs_what_is_sent_the
 async def test_a_worker_whose_jobs_are_refused_says_why_and_ends(house: House, manager: Api) -> None:
     """The reason is one line, and no traceback of ours."""
     await Catalogue(house.database).publish([entry_of(UNRULY_JOB, namespace="CIA")])
-    environ = {**os.environ, **FAST, "CORE4_WORKER_SECRET": SECRET, "CORE4_HOME": str(house.settings.home)}
-    environ.pop("CORE4_MONGO_URL", None)
+    code, output = await ended_program(house, manager, CORE4_WORKER_SECRET=SECRET)
+
+    assert code == 1
+    assert f"[{UNRULY_JOB}] is a job of namespace CIA" in output
+    assert "Traceback" not in output
+
+
+@pytest.mark.row("F18")
+@pytest.mark.parametrize(
+    ("own", "status", "told"),
+    [
+        ({"CORE4_WORKER_SECRET": "abcd12345"}, 1, "does not know the secret of this manager"),
+        ({}, 2, "--manager needs CORE4_WORKER_SECRET"),
+    ],
+    ids=["wrong", "none"],
+)
+async def test_a_program_without_the_secret_says_so_and_ends(
+    house: House, manager: Api, own: dict[str, str], status: int, told: str
+) -> None:
+    code, output = await ended_program(house, manager, **own)
+
+    assert code == status
+    assert told in output
+    assert "Traceback" not in output
+    assert await house.registry.list() == []
+
+
+async def ended_program(house: House, manager: Api, **own: str) -> tuple[int | None, str]:
+    """Exit code and output of `core4 worker` for this manager, which ends by itself."""
+    environ = {**clean_environ(), **FAST, "CORE4_HOME": str(house.settings.home), **own}
     process = await asyncio.create_subprocess_exec(
         *(program("core4"), "worker", UNRULY, "--manager", manager.root),
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
         env=environ,
     )
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(100):
         output = (await process.communicate())[0].decode()
-
-    assert process.returncode == 1
-    assert f"[{UNRULY_JOB}] is a job of namespace CIA" in output
-    assert "Traceback" not in output
+    return process.returncode, output
 
 
 @pytest.mark.parametrize("how", ["stop", "hard", "halt"])
