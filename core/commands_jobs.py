@@ -55,6 +55,12 @@ def job() -> None:
     \b
     Where the API is: CORE4_URL, else the `core4 up` of this machine, else http://localhost:5001.
     Who you are:      CORE4_USER and CORE4_PASSWORD, or CORE4_TOKEN.
+
+    \b
+    Examples:
+      core4 job list
+      core4 job enqueue DEFAULT:extract url=http://stats --follow
+      core4 job queue --state running
     """
 
 

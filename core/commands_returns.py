@@ -14,7 +14,13 @@ FOREVER = 10 * 365 * 86400.0
 
 @click.group("return")
 def returns() -> None:
-    """Look into return queues, take out what jobs have put there."""
+    """Look into return queues, take out what jobs have put there.
+
+    \b
+    Examples:
+      core4 job enqueue my_jobs.Report month=1 --return-queue reports
+      core4 return pull reports --wait
+    """
 
 
 @returns.command()

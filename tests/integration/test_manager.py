@@ -411,6 +411,46 @@ async def test_pause_and_resume(tmp_path: Path) -> None:
         assert await manager.get_job_result(await site.submit("quick")) == 1
 
 
+@pytest.mark.row("F55", "F57")
+async def test_a_worker_elsewhere_pauses_for_itself() -> None:
+    """Its manager goes on with its own jobs; those of the worker wait until it goes on, too."""
+
+    async def setup(app: web.Application) -> None:
+        app[KEY] = await JobManager.create(app, SECRET)
+        app[KEY].task(namespace="LOCAL")(work_a)
+
+    async def setup_worker(app: web.Application) -> None:
+        worker = app[WORKER] = await JobWorker.create(
+            app,
+            manager_host="127.0.0.1",
+            manager_port=site.port,
+            manager_secret=SECRET,
+            jobs_queue="REMOTE",
+        )
+        worker.task()(work_a)
+
+    async with served(setup) as site:
+        manager = site.app[KEY]
+        async with served(setup_worker) as other:
+
+            async def shown(*paused: bool) -> bool:
+                rows = (await site.call("GET", f"{BASE}/worker"))[1]["data"]
+                return sorted((row["paused_here"], row["running"]) for row in rows) == [
+                    (each, 0) for each in paused
+                ]
+
+            first = await site.submit("work_a", "REMOTE", a=1, b={})
+            assert await manager.get_job_result(first) == {"result": [1, {}, 3]}
+            other.app[WORKER].toggle_workers(pause=True)
+            await eventually_async(lambda: shown(False, True), 60, what="one is paused and idle")
+            waiting = await site.submit("work_a", "REMOTE", a=2, b={})
+            local = await site.submit("work_a", "LOCAL", a=3, b={})
+            assert await manager.get_job_result(local) == {"result": [3, {}, 3]}
+            assert (await site.call("GET", f"{BASE}/job/{waiting}"))[1]["data"]["state"] == "pending"
+            other.app[WORKER].toggle_workers(pause=False)
+            assert await manager.get_job_result(waiting) == {"result": [2, {}, 3]}
+
+
 @pytest.mark.row("F46", "F58")
 async def test_functions_by_the_clock(caplog: pytest.LogCaptureFixture) -> None:
     """Plain and coroutine functions, each tick; an exception does not stop the later ones."""
