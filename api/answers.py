@@ -177,6 +177,7 @@ COMPONENTS: Mapping[str, Schema] = {
             result={"description": "what the function returned: any JSON value"},
             error={"type": "object", "description": "empty, or message, traceback and more"},
             die=BOOL,
+            debug=BOOL,
             dependencies=_list(ID),
         ),
     },

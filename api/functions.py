@@ -25,6 +25,7 @@ from core4.api.keys import ACTIONS, EVENTS, LOGS, QUEUE, REQUEST_ID, SEATS, SETT
 from core4.api.streams import job_headers
 from core4.errors import BadRequest, Conflict, Forbidden, JobExists, JobNotFound, KeyReused
 from core4.jobs import Job, canonical, derived_id, utcnow
+from core4.options import DEBUG
 from core4.results import has_ended
 from core4.retention import Retention
 
@@ -34,6 +35,7 @@ Document = Mapping[str, Any]
 ROOM = 4 * 1024 * 1024  # bytes of results in one answer; what is left is asked for again
 TOGETHER = 20  # jobs that are looked up at the same time
 PORTION = 200  # jobs that one reset deletes
+_NAMESPACES = [functions.NAMESPACE, DEBUG]
 _NEWEST = [("_id", -1)]
 
 
@@ -79,7 +81,7 @@ async def schedule(request: web.Request, args: Args) -> web.Response:
         await request.app[EVENTS].tell("function.new", user.name, key=f"function.{source.key}", **about)
     job_id = derived_id("function", user.name.lower(), key) if key else ObjectId()
     job = await _enqueued(request, order, job_id, once=key is not None)
-    flash = await unserved(request, functions.SERVES, functions.NAMESPACE)
+    flash = await unserved(request, functions.SERVES, order.namespace)
     return reply(request, functions.record(job.document), flash=flash, headers=job_headers(job.id))
 
 
@@ -153,7 +155,7 @@ async def _ended(request: web.Request, job_id: ObjectId, document: Document, dea
 async def find_jobs(request: web.Request, args: Args) -> web.Response:
     """POST function/find: ids of functions' jobs by name, category, state or method, newest first."""
     where: Args = {
-        "namespace": functions.NAMESPACE,
+        "namespace": {"$in": _NAMESPACES},
         "function": {"$exists": True},
         **functions.condition(args["state"]),
     }
@@ -201,7 +203,7 @@ async def reset(request: web.Request, args: Args) -> web.Response:
 
 
 async def _reset(request: web.Request) -> Args:
-    queue, where = request.app[QUEUE], {"namespace": functions.NAMESPACE, "function": {"$exists": True}}
+    queue, where = request.app[QUEUE], {"namespace": {"$in": _NAMESPACES}, "function": {"$exists": True}}
     deadline = monotonic() + request.app[SETTINGS].kill_wait
     open_ids = await queue.store.ids(where, limit=PORTION)
     for job_id in open_ids:

@@ -25,11 +25,11 @@ import environs
 from marshmallow import ValidationError, fields, validate
 
 from core4.errors import ConfigError
+from core4.options import DEBUG as DEBUG
 
 PREFIX = "CORE4_"
 TEST_PREFIX = "CORE4_TEST_"  # left to test suites
 WORKER_TYPES = ("inprocess", "subprocess", "tmux")
-DEBUG = "_debug"  # namespace of the jobs that no worker runs but one that was started for them
 MIB = 1024 * 1024
 
 # Variables of the client library and the command line; they are no settings of a daemon.

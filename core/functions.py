@@ -14,6 +14,7 @@ from bson import ObjectId
 
 from core4.errors import BadArguments, TooLarge
 from core4.jobs import JobOrder, canonical
+from core4.options import DEBUG
 from core4.results import has_ended
 from core4.schemas import FUNCTION_STATES, json_problems
 from core4.sources import Source
@@ -65,11 +66,18 @@ def make_order(
     if size > args_cap:
         raise TooLarge(f"the arguments have {size} bytes, {args_cap} are accepted; pass a reference instead")
     source.check_call(kwargs)
-    about = {"key": source.key, "method": source.method, "signer": signer, "by": by, "die": die}
+    about = {
+        "key": source.key,
+        "method": source.method,
+        "signer": signer,
+        "by": by,
+        "die": die,
+        "debug": source.debug,
+    }
     return JobOrder(
         name=job_name(source.method),
         args=kwargs,
-        namespace=NAMESPACE,
+        namespace=DEBUG if source.debug else NAMESPACE,
         # Whatever it does is its author's to repeat; and nobody has said how many may run at a time.
         options={
             "attempts": 1,
@@ -149,6 +157,7 @@ def record(document: Mapping[str, Any]) -> dict[str, Any]:
         "result": document.get("result") if state == "OK" else None,
         "error": _error(document) if state == "ERROR" else {},
         "die": bool(function.get("die", False)),
+        "debug": bool(function.get("debug", False)),
         "dependencies": list(document.get("dependencies") or ()),
         "return_queues": list(document.get("return_queues") or ()),
     }

@@ -174,6 +174,11 @@ class Record:
         return bool(self._row["die"])
 
     @property
+    def debug(self) -> bool:
+        """Whether its function calls a debugger: then only a worker started for such jobs runs it."""
+        return bool(self._row.get("debug"))
+
+    @property
     def dependencies(self) -> list[str]:
         """The ids of the jobs that had to end well before."""
         return [str(each) for each in self._row["dependencies"]]

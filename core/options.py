@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import Any
 
 PRIORITY_LIMIT = 1000  # what fits into `rank` beside force and the enqueue time, see core4.jobs
+DEBUG = "_debug"  # namespace of the jobs that no worker runs but one that was started for them
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,99}")
 _DEPTH = 200  # levels of a tree: what is deeper is a bomb for whoever walks it
 
 _BUILTINS = frozenset(dir(builtins)) | {"__name__", "__builtins__"}
+_DEBUGGERS = frozenset({"breakpoint", "set_trace"})  # by these names, whosever they are
 _PLACEHOLDER = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)\}")
 
 _Function = ast.FunctionDef | ast.AsyncFunctionDef
@@ -41,6 +42,7 @@ class Source:
     parameters: tuple[str, ...]
     required: tuple[str, ...]
     any_name: bool  # it takes ``**more``
+    debug: bool = False  # it calls a debugger
 
     @property
     def key(self) -> str:
@@ -126,7 +128,15 @@ def _checked(code: str) -> Source:
         each.arg for each, default in zip(given.kwonlyargs, given.kw_defaults, strict=True) if default is None
     ]
     names = (*plain, *(each.arg for each in given.kwonlyargs))
-    return Source(function.name, code, names, tuple(required), given.kwarg is not None)
+    return Source(
+        function.name, code, names, tuple(required), given.kwarg is not None, _calls_a_debugger(function)
+    )
+
+
+def _calls_a_debugger(function: _Function) -> bool:
+    called = [each.func for each in ast.walk(function) if isinstance(each, ast.Call)]
+    plain = {each.id for each in called if isinstance(each, ast.Name)}
+    return bool(plain & _DEBUGGERS or {e.attr for e in called if isinstance(e, ast.Attribute)} & _DEBUGGERS)
 
 
 def _only_function(text: str) -> _Function:

@@ -23,7 +23,7 @@ from core4.api.keys import SEATS
 from core4.callers import Functions, Job
 from core4.callers_async import AsyncFunctions, AsyncJob
 from core4.client import ApiError, Client
-from core4.config import Settings
+from core4.config import DEBUG, Settings
 from core4.database import Database
 from core4.errors import BadArguments, FreeName, SourceRefused
 from core4.handles import JobFailed, WaitTimeout
@@ -785,6 +785,29 @@ async def test_more_wait_than_may_wait_at_once(site: Site) -> None:
 
 async def taken(api: Api, count: int) -> bool:
     return api.app[SEATS].open == count
+
+
+@pytest.mark.row("M43")
+async def test_a_function_that_calls_a_debugger_is_a_debug_job(site: Site) -> None:
+    """Other workers leave it alone, and run what came later; one for debug jobs runs it, and nothing else."""
+
+    def first(functions: Functions) -> tuple[Job, Job]:
+        jobs = [functions.schedule(shipped.stops_at_times, stop=stop) for stop in (False, True)]
+        assert "in namespace [_debug]" in functions.client.flash[0]
+        plain = functions.schedule(shipped.addition, wait=True, a=1, b=1)
+        functions.look(jobs)
+        assert [(job.debug, job.state) for job in (*jobs, plain)] == [*[(True, "NEW")] * 2, (False, "OK")]
+        return jobs[0], jobs[1]
+
+    def last(functions: Functions) -> None:
+        functions.wait(both, timeout=120, die=False)
+        assert (both[0].state, both[0].result) == ("OK", "went on")
+        assert (both[1].state, "BdbQuit" in both[1].error["message"]) == ("ERROR", True)
+        assert [job.id for job in functions.find(method="stops_at_times")] == [both[1].id, both[0].id]
+
+    both = await site.do(first)
+    async with site.house.worker("core4.examples", namespaces=(DEBUG,), worker_debug=True):
+        await site.do(last)
 
 
 # ---------------------------------------------------------------------- off, and deleted

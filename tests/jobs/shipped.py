@@ -83,6 +83,12 @@ def makes_text(size: int, mark: int) -> str:
     return str(mark) * size
 
 
+def stops_at_times(stop: bool) -> str:
+    if stop:
+        breakpoint()
+    return "went on"
+
+
 def exits() -> None:
     raise SystemExit(3)
 
