@@ -96,7 +96,9 @@ async def _find(request: web.Request, args: Args, mode: str) -> tuple[ObjectId, 
 
     Raises: JobNotFound, Forbidden; Conflict for a request that has made several jobs.
     """
-    text = args.get("job_id") or await _of_request(request, args["request_id"])
+    text = args.get("job_id")
+    if text is None:  # an empty one is an id, and of no job
+        text = await _of_request(request, args["request_id"])
     job_id, document, _ = await find(request, text, mode)
     return job_id, document
 

@@ -261,6 +261,8 @@ async def test_rights(api: Api, runner: Runner, users: UserStore) -> None:
         (f"job_id={UNKNOWN}&request_id={UNKNOWN}", 400, "one of the parameters"),
         (f"job_id={UNKNOWN}", 404, f"job [{UNKNOWN}] not found"),
         ("job_id=nope", 404, "job [nope] not found"),
+        ("job_id=", 404, "job [] not found"),
+        ("request_id=", 404, "request [] has made no job"),
         (f"request_id={UNKNOWN}", 404, "has made no job"),
         (f"job_id={UNKNOWN}&timeout=51", 400, "parameter [timeout] expected a number from 0 to 50"),
         (f"job_id={UNKNOWN}&timeout=nan", 400, "parameter [timeout] expected as_type [float]"),
