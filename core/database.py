@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Self
 
 # Each open change stream keeps one of motor's threads; its default of 5 per core starves the rest.
 # Read by motor when it is imported.
@@ -71,7 +71,7 @@ class Database:
         app_name: str = "core4",
         timeout: float = 5.0,
         find_and_modify: bool | None = None,
-    ) -> Database:
+    ) -> Self:
         """A database that answered within `timeout` seconds.
 
         `find_and_modify` overrides what the server is known to do well.

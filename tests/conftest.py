@@ -21,6 +21,7 @@ from core4.embedded import EmbeddedServer
 from core4.logs import LogStore
 from core4.queues import JobQueue
 from core4.registry import WorkerRegistry
+from tests.database import SmallDatabase
 from tests.helpers import FAST, Stack, quick_folder, running_stack
 
 if TYPE_CHECKING:
@@ -57,9 +58,9 @@ def database_name() -> str:
 
 
 @pytest.fixture
-async def database(mongo_url: str, database_name: str) -> AsyncIterator[Database]:
-    """An empty database; it is dropped after the test."""
-    database = await Database.connect(mongo_url, database_name, app_name="tests")
+async def database(mongo_url: str, database_name: str) -> AsyncIterator[SmallDatabase]:
+    """An empty database that holds no more than a few documents; it is dropped after the test."""
+    database = await SmallDatabase.connect(mongo_url, database_name, app_name="tests")
     yield database
     await database.drop()
     await database.close()

@@ -44,7 +44,7 @@ def quick_folder() -> Path | None:
     return MEMORY
 
 
-def eventually(look: Callable[[], T], timeout: float = 20.0, *, what: str = "", every: float = 0.05) -> T:
+def eventually(look: Callable[[], T], timeout: float = 60.0, *, what: str = "", every: float = 0.05) -> T:
     """The first true value that `look` returns; AssertionError with its last value after `timeout` seconds.
 
     An AssertionError of `look` itself counts as not yet.
@@ -76,7 +76,7 @@ def unsettled(queue: JobQueue) -> Iterator[None]:
 
 
 async def eventually_async(
-    look: Callable[[], Awaitable[T]], timeout: float = 20.0, *, what: str = "", every: float = 0.05
+    look: Callable[[], Awaitable[T]], timeout: float = 60.0, *, what: str = "", every: float = 0.05
 ) -> T:
     """`eventually` for a coroutine function; the loop goes on in between."""
     deadline = time.monotonic() + timeout

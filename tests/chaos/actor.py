@@ -16,9 +16,10 @@ from typing import Any
 
 from core4 import faults
 from core4.faults import Faults
-from tests.chaos.client import Actor, SmallDatabase, fast_settings
+from tests.chaos.client import Actor, fast_settings
 from tests.chaos.evidence import opened
 from tests.chaos.scenarios import SCENARIOS
+from tests.database import SmallDatabase
 
 
 async def play(case: dict[str, Any], watched: Faults | None = None) -> list[list[Any]]:

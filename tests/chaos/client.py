@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from bson import ObjectId
-from pymongo import IndexModel
 from pymongo.errors import PyMongoError
 
 from core4 import schedules
@@ -45,19 +44,6 @@ OPTIONS = {"attempts": 3, "error_time": 0.001, "defer_time": 0.001, "defer_max":
 
 def new_owner(worker: str = WORKER) -> Owner:
     return Owner(uuid.uuid4().hex, worker, socket.gethostname(), os.getpid())
-
-
-class SmallDatabase(Database):
-    """A database of a few documents: of its indexes only those are made that refuse something.
-
-    The others make no answer different, and the embedded server reads up on all of them for each write.
-    """
-
-    async def ensure_indexes(self, indexes: Mapping[str, Sequence[IndexModel]]) -> None:
-        """Make what is missing of the unique ones of `indexes`."""
-        for collection, models in indexes.items():
-            if unique := [model for model in models if model.document.get("unique")]:
-                await super().ensure_indexes({collection: unique})
 
 
 @dataclass

@@ -19,6 +19,7 @@ from core4.retries import Outcome
 from core4.schedules import ScheduleStore
 from core4.states import State
 from core4.worker.scheduler import Scheduler
+from tests.database import SmallDatabase
 from tests.helpers import eventually_async
 from tests.integration.driver import Api, Runner, order
 from tests.integration.test_worker import NAME, House
@@ -34,9 +35,9 @@ async def controls(database: Database) -> ControlStore:
 
 
 @pytest.fixture(params=[False, True], ids=["peek", "find-and-modify"])
-async def queue(request: pytest.FixtureRequest, database: Database, settings: Settings) -> JobQueue:
-    """Both shapes of the claim pass the same tests."""
-    database.find_and_modify = request.param
+async def queue(request: pytest.FixtureRequest, database: SmallDatabase, settings: Settings) -> JobQueue:
+    """Both shapes of the claim pass the same tests; one of them with all indexes."""
+    database.find_and_modify, database.every_index = request.param, not request.param
     queue = JobQueue(database, settings)
     await queue.store.prepare()
     return queue

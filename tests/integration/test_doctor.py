@@ -31,6 +31,7 @@ from tests.chaos.checker import check
 from tests.chaos.client import NAME, Actor, new_owner
 from tests.chaos.evidence import opened
 from tests.chaos.recovery import gathered, recover
+from tests.database import SmallDatabase
 from tests.helpers import clean_environ, program, unsettled
 from tests.integration.driver import Api, Runner
 from tests.integration.test_worker import House, house
@@ -134,6 +135,12 @@ class Ward:
         home = self.actor.ledger.parent
         verdict = check(await gathered(self.database, home / "history", home / "ledger"))
         assert verdict.ok, str(verdict)
+
+
+@pytest.fixture(autouse=True)
+def all_is_there(database: SmallDatabase) -> None:
+    """The doctor tells of an index that is missing."""
+    database.every_index = True
 
 
 @pytest.fixture

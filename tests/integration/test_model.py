@@ -38,6 +38,7 @@ from core4.retries import Outcome
 from core4.sanity import flaws
 from core4.states import FINAL, STOPPED, WAITING, Flag, State
 from core4.store import JOURNAL, QUEUE
+from tests.database import SmallDatabase
 
 EXAMPLES = int(os.environ.get("CORE4_TEST_EXAMPLES", "60"))
 # Hypothesis leaves rules out for whole examples: batches with other seeds until everything was reached.
@@ -643,7 +644,7 @@ class QueueMachine(RuleBasedStateMachine):
 
 
 async def connected(url: str, name: str, home: Path) -> tuple[Database, JobQueue]:
-    database = await Database.connect(url, name)
+    database = await SmallDatabase.connect(url, name)
     limits = Settings.load(
         environ={}, mongo_url=url, home=home, max_crashes=MAX_CRASHES, max_claims=MAX_CLAIMS
     )

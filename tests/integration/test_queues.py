@@ -24,6 +24,7 @@ from core4.retention import Retention
 from core4.retries import Outcome
 from core4.states import Flag, State
 from core4.store import JOURNAL, QUEUE
+from tests.database import SmallDatabase
 from tests.helpers import unsettled
 
 pytestmark = pytest.mark.asyncio
@@ -44,9 +45,9 @@ def order(n: int = 0, **more: Any) -> JobOrder:
 
 
 @pytest.fixture(params=[False, True], ids=["peek", "find-and-modify"])
-async def queue(request: pytest.FixtureRequest, database: Database, settings: Settings) -> JobQueue:
-    """Both shapes of the claim pass the same tests."""
-    database.find_and_modify = request.param
+async def queue(request: pytest.FixtureRequest, database: SmallDatabase, settings: Settings) -> JobQueue:
+    """Both shapes of the claim pass the same tests; one of them with all indexes."""
+    database.find_and_modify, database.every_index = request.param, not request.param
     queue = JobQueue(database, settings)
     await queue.store.prepare()
     return queue

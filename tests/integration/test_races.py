@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -25,21 +25,11 @@ from core4.jobs import Job, JobOrder, Owner, utcnow
 from core4.queues import JobQueue
 from core4.retries import Outcome
 from core4.store import JOURNAL, QUEUE
-from tests.chaos.client import SmallDatabase
 
 pytestmark = pytest.mark.asyncio
 
 T = TypeVar("T")
 numbers = itertools.count()
-
-
-@pytest.fixture
-async def database(mongo_url: str, database_name: str) -> AsyncIterator[Database]:
-    """An empty database that never holds more than a few documents; it is dropped after the test."""
-    database = await SmallDatabase.connect(mongo_url, database_name, app_name="tests")
-    yield database
-    await database.drop()
-    await database.close()
 
 
 @dataclass

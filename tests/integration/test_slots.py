@@ -17,6 +17,7 @@ from core4.queues import JobQueue
 from core4.retries import Outcome
 from core4.states import State
 from core4.store import QUEUE
+from tests.database import SmallDatabase
 from tests.helpers import ROOT
 from tests.integration.driver import OWNER, claim, held, order
 
@@ -24,9 +25,9 @@ JOBS, PROCESSES, LIMIT = 200, 4, 3
 
 
 @pytest.fixture(params=[False, True], ids=["peek", "find-and-modify"])
-async def queue(request: pytest.FixtureRequest, database: Database, settings: Settings) -> JobQueue:
-    """Both shapes of the claim pass the same tests."""
-    database.find_and_modify = request.param
+async def queue(request: pytest.FixtureRequest, database: SmallDatabase, settings: Settings) -> JobQueue:
+    """Both shapes of the claim pass the same tests; one of them with all indexes."""
+    database.find_and_modify, database.every_index = request.param, not request.param
     queue = JobQueue(database, settings)
     await queue.store.prepare()
     return queue
