@@ -8,8 +8,8 @@ RUN = $(BIN)/python
 REPORT = reports/rows.json
 # More words for pytest: make test ARGS="tests/unit -k cron"
 ARGS ?=
-# Most tests wait for processes and servers: two at a time keep two cores busy.
-WORKERS ?= 2
+# Many tests wait for processes and servers: three at a time keep two cores busy.
+WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 3 ? 3 : n > 8 ? 8 : n)))
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export PIP_NO_INPUT = 1
@@ -20,7 +20,7 @@ unexport PYTHONDONTWRITEBYTECODE
 SEED ?=
 CHAOS = $(RUN) -m tests.chaos.run --json reports/chaos.jsonl $(if $(SEED),--seed $(SEED))
 
-.PHONY: help demo up test check format docs rows bench chaos chaos-long planted build clean
+.PHONY: help demo up test seed check format docs rows bench chaos chaos-long planted build clean
 .DELETE_ON_ERROR:
 
 help:  ## show this list
@@ -34,6 +34,9 @@ up: $(VENV)/.embedded  ## run database, API and worker on http://localhost:5001 
 
 test: $(VENV)/.test  ## install what the tests need and run all of them
 	$(RUN) -m pytest --numprocesses $(WORKERS) --rows-report $(REPORT) $(ARGS)
+
+seed: $(VENV)/.test  ## the job API document with the minutes of sleep that it says
+	CORE4_TEST_SEED_FULL=1 $(RUN) -m pytest tests/acceptance/test_seed.py -k verbatim $(ARGS)
 
 check: $(VENV)/.dev  ## format, lint and types
 	$(BIN)/ruff format --check .
