@@ -19,9 +19,12 @@ from core4.queues import JobQueue
 async def claimer(queue: JobQueue, name: str) -> None:
     """Claim until nothing is left; an empty answer counts only when the queue has no due job."""
     owner = Owner(uuid.uuid4().hex, f"{name}@here", "here", os.getpid())
-    while (await queue.store.counts()).get("pending"):
-        for job in await queue.claims.claim(owner, namespaces=["DEFAULT"], limit=3):
+    while True:
+        taken = await queue.claims.claim(owner, namespaces=["DEFAULT"], limit=3)
+        for job in taken:
             print(job.id, owner.id, flush=True)
+        if not taken and not (await queue.store.counts()).get("pending"):
+            return
 
 
 async def main(name: str, count: int, prefix: str) -> None:

@@ -8,9 +8,9 @@ import sys
 
 import pytest
 
-from core4.database import Database
 from core4.jobs import JobOrder
 from core4.queues import JobQueue
+from tests.database import SmallDatabase
 from tests.helpers import ROOT
 
 JOBS, PROCESSES, CLAIMERS = 500, 4, 5
@@ -31,8 +31,12 @@ async def run_claimers(url: str, database: str, number: int) -> list[tuple[str, 
 
 
 @pytest.mark.row("S37")
-async def test_each_of_500_jobs_is_claimed_once(mongo_url: str, database: Database, queue: JobQueue) -> None:
+@pytest.mark.timeout(400)
+async def test_each_of_500_jobs_is_claimed_once(
+    mongo_url: str, database: SmallDatabase, queue: JobQueue
+) -> None:
     """No job has two holders, none is left, and the holder that is stored is the one that was told so."""
+    database.every_index = True
     await queue.store.prepare()
     orders = (JobOrder(name="tests.Job", args={"n": n}) for n in range(JOBS))
     wanted = {str((await queue.enqueue(order)).id) for order in orders}
