@@ -29,6 +29,7 @@ def client_address(request: web.Request) -> str:
     return address
 
 
+@lru_cache(maxsize=10_000)
 def neighbourhood(address: str) -> str:
     """What one customer of a network has: the address, of version 6 the first half."""
     parsed = _parsed(address)

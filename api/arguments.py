@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any, NoReturn
 
 from aiohttp import web
@@ -25,16 +26,22 @@ async def parse(schema: type[Schema], request: web.Request) -> dict[str, Any]:
 
     Raises: BadRequest naming what is wrong; HTTPException 413 or 415 for a body that is not read.
     """
-    one = schema()
+    one = _made(schema)
     parsed: dict[str, Any] = await _parser.parse(one, request, unknown=one.unknown)
     return parsed
+
+
+@cache
+def _made(schema: type[Schema]) -> Schema:
+    """One for all requests: making one copies each of its fields."""
+    return schema()
 
 
 @_parser.location_loader(_MERGED)
 async def _merged(request: web.Request, schema: Schema) -> dict[str, Any]:
     # Iterating a query repeats a name in order, so that its last value stands; a body beats it.
-    query = dict(request.query.items())
-    return {**query, **await _body(request)}
+    query = dict(request.query.items()) if request.query_string else {}
+    return {**query, **await _body(request)} if request.can_read_body else query
 
 
 async def _body(request: web.Request) -> dict[str, Any]:
@@ -81,7 +88,7 @@ def checked(schema: type[Schema], given: Mapping[str, Any]) -> dict[str, Any]:
     Raises: BadRequest naming what is wrong.
     """
     try:
-        loaded: dict[str, Any] = schema().load(given)
+        loaded: dict[str, Any] = _made(schema).load(given)
     except ValidationError as error:
         _complain(error.messages_dict)
     return loaded

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import binascii
 from base64 import b64decode
+from functools import lru_cache
 from urllib.parse import urlsplit
 
 from aiohttp import web
@@ -116,8 +117,13 @@ async def _browser(request: web.Request, *, ticket: bool, cookie: bool) -> User:
 
 def _host(request: web.Request) -> str:
     """The name under which the client knows us, without the port."""
+    return _hostname(request.host)
+
+
+@lru_cache(maxsize=1000)
+def _hostname(host: str) -> str:
     try:
-        return urlsplit(f"//{request.host}").hostname or ""
+        return urlsplit(f"//{host}").hostname or ""
     except ValueError:
         return ""
 

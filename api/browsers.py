@@ -16,6 +16,12 @@ _PAGE_POLICY = (
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 _DATA_POLICY = "default-src 'none'; frame-ancestors 'none'"
+_ALWAYS = {
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+    "Server": "core4",
+}
 
 
 @web.middleware
@@ -51,11 +57,8 @@ async def add_headers(request: web.Request, response: web.StreamResponse) -> Non
     headers = response.headers
     page = response.content_type == "text/html"
     headers.setdefault("Cache-Control", "no-store")
-    headers["X-Content-Type-Options"] = "nosniff"
-    headers["X-Frame-Options"] = "DENY"
-    headers["Referrer-Policy"] = "no-referrer"
     headers.setdefault("Content-Security-Policy", _PAGE_POLICY if page else _DATA_POLICY)
-    headers["Server"] = "core4"
+    headers.update(_ALWAYS)
     if REQUEST_ID in request:
         headers[REQUEST_HEADER] = request[REQUEST_ID]
     if request.app[SETTINGS].allow_origin:

@@ -21,8 +21,7 @@ def dumps(value: Any) -> str:
 
 
 def _encode(value: Any) -> str:
-    # ASCII only: no line separator of any kind can end a frame of a stream too early.
-    return json.dumps(value, default=_plain, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return _encoder.encode(value)
 
 
 def _plain(value: Any) -> Any:
@@ -41,3 +40,8 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# ASCII only: no line separator of any kind can end a frame of a stream too early. Made once: `json.dumps`
+# makes one for each call with options.
+_encoder = json.JSONEncoder(default=_plain, separators=(",", ":"), ensure_ascii=True, allow_nan=False)

@@ -39,6 +39,8 @@ class Metrics:
             ["method", "route"],
             registry=self.registry,
         )
+        # To look a series up costs more than to count.
+        self._series: dict[tuple[str, str, int, bool], tuple[Counter, Histogram | None]] = {}
         ProcessCollector(registry=self.registry)
 
     def count(self, request: web.Request, response: web.StreamResponse, seconds: float) -> None:
@@ -46,9 +48,18 @@ class Metrics:
         resource = request.match_info.route.resource
         route = resource.canonical if resource is not None else "none"
         method = request.method if request.method in hdrs.METH_ALL else "other"
-        self._requests.labels(method, route, response.status).inc()
-        if response.content_type != STREAM:
-            self._seconds.labels(method, route).observe(seconds)
+        timed = response.content_type != STREAM
+        key = method, route, response.status, timed
+        if key not in self._series:
+            self._series[key] = self._made(*key)
+        counter, histogram = self._series[key]
+        counter.inc()
+        if histogram is not None:
+            histogram.observe(seconds)
+
+    def _made(self, method: str, route: str, status: int, timed: bool) -> tuple[Counter, Histogram | None]:
+        histogram = self._seconds.labels(method, route) if timed else None
+        return self._requests.labels(method, route, status), histogram
 
 
 @web.middleware

@@ -17,6 +17,7 @@ import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -54,6 +55,7 @@ SECRET_VARIABLES = (
 )
 
 
+@lru_cache(maxsize=100)
 def is_loopback(host: str) -> bool:
     """True if only this machine can connect to `host`."""
     if host == "localhost":

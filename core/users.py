@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import hmac
 import re
 import secrets
 from collections import OrderedDict
@@ -213,11 +212,9 @@ class UserStore:
 
     def _key(self, document: Document, password: str) -> bytes:
         """Names one credential without holding it; no two of them share a text."""
-        digest = hmac.new(self._secret, digestmod=hashlib.sha256)
-        for part in (document["name_lower"], password, document["password"]):
-            data = part.encode()
-            digest.update(len(data).to_bytes(8, "big") + data)
-        return digest.digest()
+        parts = [part.encode() for part in (document["name_lower"], password, document["password"])]
+        data = b"".join(len(part).to_bytes(8, "big") + part for part in parts)
+        return hashlib.blake2b(data, key=self._secret, digest_size=32).digest()
 
     async def _hash(self, password: str) -> str:
         if not password or not _usable(password):

@@ -1,10 +1,23 @@
-"""The least an HTTP server can do: read a JSON body, answer with one. Run as a process of its own."""
+"""The least an HTTP server can do, as a process of its own: answer, insert, send events to who listens.
+
+Run as ``python -m tests.bench.bare PORT [MONGO_URL]``.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import json
 import sys
+from typing import Any
 
 from aiohttp import web
+from bson import ObjectId
+from motor.motor_asyncio import AsyncIOMotorClient
+from pymongo import WriteConcern
+
+BACKLOG = 4096
+_listening: set[web.StreamResponse] = set()
+TABLE: web.AppKey[Any] = web.AppKey("TABLE", object)
 
 
 async def answer(request: web.Request) -> web.Response:
@@ -13,11 +26,58 @@ async def answer(request: web.Request) -> web.Response:
     return web.json_response({"_id": "0" * 24, "code": 200, "message": "OK", "data": "0" * 24})
 
 
+async def insert(request: web.Request) -> web.Response:
+    """Store the body, durably, as it is."""
+    key = ObjectId()
+    await request.app[TABLE].insert_one({**json.loads(await request.read()), "_id": key})
+    return web.json_response({"_id": "0" * 24, "code": 200, "message": "OK", "data": str(key)})
+
+
+async def events(request: web.Request) -> web.StreamResponse:
+    """A stream that hears what is published."""
+    response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+    await response.prepare(request)
+    _listening.add(response)
+    try:
+        await asyncio.Future()
+    finally:
+        _listening.discard(response)
+    return response
+
+
+async def publish(request: web.Request) -> web.Response:
+    """So many events, one after the other, each encoded once and written to all."""
+    for n in range(int(request.query["events"])):
+        data = json.dumps({"seq": n, "message": f"line {n} {'x' * 300}"})
+        frame = f"id: 1.{n}\nevent: log\ndata: {data}\n\n".encode()
+        for response in tuple(_listening):
+            await response.write(frame)
+    return web.json_response({})
+
+
 def main() -> None:
     """Serve on the port of the first argument until killed."""
     app = web.Application()
+
+    async def connect(app: web.Application) -> None:
+        client: AsyncIOMotorClient[Any] = AsyncIOMotorClient(sys.argv[2])
+        app[TABLE] = client["bare"].get_collection("bare", write_concern=WriteConcern(w="majority", j=True))
+
+    if len(sys.argv) > 2:
+        app.on_startup.append(connect)
+    app.router.add_post("/insert", insert)
+    app.router.add_get("/events", events)
+    app.router.add_get("/publish", publish)
     app.router.add_route("*", "/{path:.*}", answer)
-    web.run_app(app, host="127.0.0.1", port=int(sys.argv[1]), print=None)
+    web.run_app(
+        app,
+        host="127.0.0.1",
+        port=int(sys.argv[1]),
+        print=None,
+        access_log=None,
+        backlog=BACKLOG,
+        shutdown_timeout=0.2,
+    )
 
 
 if __name__ == "__main__":
