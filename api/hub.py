@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from time import monotonic
+from typing import Any
 
 from bson import ObjectId
 from pymongo.errors import PyMongoError
 
 from core4.api.frames import Batch, Cursor, Frame, merge
 from core4.changes import Change, ChangeFeed
+from core4.database import Document
 from core4.errors import Unavailable
 from core4.logs import LOG, LogStore, text_size
 from core4.queues import JobQueue
@@ -30,6 +33,8 @@ PAGE_TEXT = 256 * 1024  # characters in them: each slow follower holds a page of
 READS = 4  # of them under way at the same time, for the same reason
 GAP = 0.02  # seconds: what changes within them is read together
 REREAD = 5.0  # seconds after which a job is read without being told
+REREADS = 50  # such reads per second, of however many jobs
+VARIANTS = 8  # ways in which the same frames are sent: with or without states, from other places
 LATE = 0.2  # seconds between two looks for lines that a job has counted
 PATIENCE = 3.0  # seconds they are waited for
 OUTAGE = 1.0  # seconds between two tries while the database does not answer
@@ -45,6 +50,12 @@ class Hub:
         self._rooms: dict[ObjectId, Room] = {}
         self._open: set[asyncio.Transport] = set()
         self._reads = asyncio.Semaphore(READS)
+        self._looks: dict[ObjectId, asyncio.Task[tuple[Document, bool] | None]] = {}
+
+    @property
+    def reread(self) -> float:
+        """Seconds after which a followed job is read without being told."""
+        return max(REREAD, len(self._rooms) / REREADS)
 
     @property
     def rooms(self) -> int:
@@ -127,6 +138,22 @@ class Hub:
             more = len(lines) >= PAGE or sum(map(text_size, lines)) >= PAGE_TEXT
             return merge(found[0], lines, cursor, more=more, patient=patient)
 
+    async def find(self, job_id: ObjectId) -> tuple[Document, bool] | None:
+        """The stored document of a job and whether it is the journal's, read once for who ask together."""
+        look = self._looks.get(job_id)
+        if look is not None and (found := await asyncio.shield(look)) is not None:
+            return found
+        # It may have been made since the others asked.
+        look = self._looks[job_id] = asyncio.create_task(self._queue.store.document(job_id))
+        look.add_done_callback(partial(self._looked, job_id))
+        return await asyncio.shield(look)
+
+    def _looked(self, job_id: ObjectId, look: asyncio.Task[Any]) -> None:
+        if self._looks.get(job_id) is look:
+            del self._looks[job_id]
+        if not look.cancelled():
+            look.exception()  # all who asked may have left: then nobody else looks at it
+
     async def last_seq(self, job_id: ObjectId) -> int:
         """The number of the last line that is stored."""
         return await self._logs.last_seq(job_id)
@@ -142,7 +169,10 @@ class Room:
         self.ended = False
         self.start = self.cursor = cursor  # before the first and behind the last frame that is kept
         self.first = 0  # number of the first frame that is kept, counted from the opening of the room
+        self.newest = 0  # number of the first frame that was read last
+        self.shares = False  # these are few enough to be kept as they are sent
         self.frames: list[Frame] = []
+        self.encoded: dict[Hashable, list[bytes]] = {}  # what was read last as it is sent to most
         self.news = asyncio.Event()
         self._hub = hub
         self._bytes = 0
@@ -169,8 +199,10 @@ class Room:
                 waiting = batch is not None and batch.waiting
                 late_since = (late_since or monotonic()) if waiting else 0.0
                 if batch is None or not batch.more:
-                    await heard(hint, LATE if waiting or not seen else REREAD)
-                    await asyncio.sleep(GAP)
+                    read = monotonic()
+                    await heard(hint, LATE if waiting or not seen else self._hub.reread)
+                    # What comes after a silence is read at once.
+                    await asyncio.sleep(max(read + GAP - monotonic(), 0.0))
 
     async def _try_read(self, *, patient: bool) -> Batch | None:
         while True:
@@ -183,11 +215,16 @@ class Room:
             await asyncio.sleep(OUTAGE)
 
     def _publish(self, batch: Batch) -> None:
+        caught_up = self.caught_up or not batch.more
+        if not batch.frames and (caught_up, batch.ended) == (self.caught_up, self.ended):
+            return  # thousands need not be woken to be told nothing
+        size = sum(len(frame.body) for frame in batch.frames)
+        self.newest, self.shares = self.first + len(self.frames), size <= PAGE_TEXT
+        self.encoded.clear()
         self.frames += batch.frames
-        self._bytes += sum(len(frame.body) for frame in batch.frames)
+        self._bytes += size
         self._trim()
-        self.cursor, self.ended = batch.cursor, batch.ended
-        self.caught_up = self.caught_up or not batch.more
+        self.cursor, self.ended, self.caught_up = batch.cursor, batch.ended, caught_up
         self.news.set()
         self.news = asyncio.Event()
 
@@ -206,6 +243,7 @@ class Follower:
 
     def __init__(self, room: Room, cursor: Cursor) -> None:
         self._room = room
+        self._began = 0  # number of the first frame that `next` took last, whether it was new or not
         self._place: int | None = None  # number of the next frame; None: not among those that are kept
         self.cursor = cursor
         self.live = False  # True once everything that was stored has been read
@@ -224,7 +262,21 @@ class Follower:
             if self._room.ended and self._place is not None:
                 return []
             self.live = self._room.caught_up
-            await heard(self._room.news, LATE if self._place is None else REREAD)
+            if self._place is None:
+                await heard(self._room.news, LATE)
+            else:
+                await self._room.news.wait()
+
+    def encoded(self, key: Hashable, make: Callable[[], Iterable[bytes]]) -> Iterable[bytes]:
+        """What `make` gives; made once for all of the same `key` who were just given the newest frames."""
+        room = self._room
+        alone = room.followers == 1 or self._place is None or self._began != room.newest
+        if key in room.encoded and not alone:
+            return room.encoded[key]
+        if alone or not room.shares or len(room.encoded) >= VARIANTS:
+            return make()
+        room.encoded[key] = list(make())
+        return room.encoded[key]
 
     def _find_place(self) -> bool:
         room = self._room
@@ -235,7 +287,7 @@ class Follower:
     def _kept(self) -> list[Frame]:
         assert self._place is not None
         frames = self._room.frames[self._place - self._room.first :]
-        self._place += len(frames)
+        self._began, self._place = self._place, self._place + len(frames)
         return frames
 
     async def _stored(self) -> list[Frame]:

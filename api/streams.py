@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from aiohttp import web
@@ -21,6 +22,7 @@ log = logging.getLogger(__name__)
 
 STALLED = 30.0  # seconds after which a reader who takes nothing is cut
 CHUNK = 65_536  # bytes written at once
+ROOM = 32_768  # bytes that a connection takes before its writers have to wait
 RETRY = b"retry: 3000\n\n"
 
 
@@ -98,12 +100,18 @@ async def _send_all(
     counts: Counter[str] = Counter()
     cursor = follower.cursor
     while frames := await follower.next():
-        wanted = [frame for frame in frames if states or frame.kind == "log"]
-        counts.update(frame.kind for frame in wanted)
-        for chunk in chunks(_encoded(frames, cursor, follower.live, states=states)):
+        for frame in frames:
+            if states or frame.kind == "log":
+                counts[frame.kind] += 1
+        live, key = follower.live, (cursor, follower.cursor, follower.live, states)
+        for chunk in follower.encoded(key, partial(_pieces, frames, cursor, live, states=states)):
             await _write(transport, response, chunk)
         cursor = follower.cursor
     await _write(transport, response, close_frame(cursor, counts))
+
+
+def _pieces(frames: Sequence[Frame], cursor: Cursor, live: bool, *, states: bool) -> Iterator[bytes]:
+    return chunks(_encoded(frames, cursor, live, states=states))
 
 
 def _encoded(frames: Sequence[Frame], cursor: Cursor, live: bool, *, states: bool) -> Iterator[bytes]:
@@ -135,6 +143,9 @@ def chunks(encoded: Iterable[bytes]) -> Iterator[bytes]:
 
 
 async def _write(transport: asyncio.Transport, response: EventSourceResponse, data: bytes) -> None:
+    if transport.get_write_buffer_size() + len(data) < ROOM:  # the loop takes it without waiting
+        await response.write(data)
+        return
     try:
         async with asyncio.timeout(STALLED):
             await response.write(data)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+from contextlib import suppress
 from typing import Any
 
 from aiohttp import web
@@ -51,7 +52,8 @@ async def publish(request: web.Request) -> web.Response:
         data = json.dumps({"seq": n, "message": f"line {n} {'x' * 300}"})
         frame = f"id: 1.{n}\nevent: log\ndata: {data}\n\n".encode()
         for response in tuple(_listening):
-            await response.write(frame)
+            with suppress(ConnectionResetError):  # it has left
+                await response.write(frame)
     return web.json_response({})
 
 
