@@ -81,8 +81,8 @@ COMPONENTS: Mapping[str, Schema] = {
         *("page", "per_page", "page_count", "total_count", "count"),
         page=COUNT,
         per_page=COUNT,
-        page_count=COUNT,
-        total_count=NUMBER,
+        page_count=_some("integer"),
+        total_count=_some("number"),
         count=COUNT,
     ),
     "Problem": {
@@ -234,7 +234,7 @@ class Answer:
 
 _CHANGED = {"job": _object("_id", "state", "changed", _id=ID, state=STATE, changed=BOOL)}
 _TRUE = {"type": "boolean"}
-_JOBS = Answer(_ref("Job"), page=True)
+_JOBS = Answer(_ref("Job"), page=True, beside={"next": _some("string")})
 _RESULT = Answer(_ref("Result"), (404, 409, 410), succeeds=(200, 202))
 _RESULTS = Answer(_ref("Result"), page=True)
 _SCHEDULE = Answer(_ref("Schedule"), (404, 409, 413, 422))

@@ -56,7 +56,7 @@ def reply(
 
 
 def page_reply(
-    request: web.Request, page: Page, rows: Sequence[Any], *, flash: Sequence[str] = ()
+    request: web.Request, page: Page, rows: Sequence[Any], *, flash: Sequence[str] = (), **beside: Any
 ) -> web.Response:
     """One page of a listing; core4's pager counts in a float."""
     return reply(
@@ -65,7 +65,8 @@ def page_reply(
         flash=flash,
         page=page.page,
         per_page=page.per_page,
-        page_count=-(-page.total // page.per_page),
-        total_count=float(page.total),
+        page_count=-(-page.total // page.per_page) if page.counted else None,
+        total_count=float(page.total) if page.counted else None,
         count=len(rows),
+        **beside,
     )

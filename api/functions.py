@@ -168,7 +168,7 @@ async def find_jobs(request: web.Request, args: Args) -> web.Response:
         where["_id"] = {"$lt": _object_id(args["before"])}
     pages = [
         await request.app[QUEUE].store.page(
-            where, sort=_NEWEST, per_page=args["limit"], journal=journal, fields=["_id"]
+            where, sort=_NEWEST, per_page=args["limit"], journal=journal, fields=["_id"], counted=False
         )
         for journal in (False, True)
     ]

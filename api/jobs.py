@@ -17,6 +17,7 @@ from core4.api.envelope import page_reply, reply
 from core4.api.hub import REREAD, heard
 from core4.api.keys import CATALOGUE, CONTROLS, HUB, LOGS, QUEUE, REQUEST_ID, SEATS, SETTINGS, USER, WORKERS
 from core4.api.streams import follow_job, job_headers
+from core4.bookmarks import behind, bookmark, total_order
 from core4.database import Page
 from core4.errors import BadArguments, BadRequest, Forbidden, JobNotFound, KeyReused, UnknownJob
 from core4.filters import (
@@ -179,20 +180,44 @@ async def _list(request: web.Request, args: Args, *, journal: bool) -> web.Respo
     if not rights.cop and (private or order_private):
         # Who asks for names or arguments gets only jobs he may read: else he could count the others.
         await limit_to(request, where, rights.may_read)
+    order = total_order(order)
     page = await request.app[QUEUE].store.page(
-        where,
-        sort=order or [("_id", 1)],
+        _behind(where, args["cursor"], order),
+        sort=order,
         page=args["page"],
         per_page=args["per_page"],
         journal=journal,
-        fields=ROW_FIELDS,
+        fields=_fields(order),
         args_room=request.app[SETTINGS].page_args,
+        counted=args["cursor"] is None,
     )
     now = datetime.now(UTC)
     rows = [_row(document, rights, journal=journal, now=now) for document in page.rows]
-    left_out = sum("omitted" in row for row in rows)
-    flash = [f"the arguments of {left_out} jobs are left out: ask for fewer rows, or for a job itself"]
-    return page_reply(request, page, rows, flash=flash if left_out else ())
+    following = bookmark(page.rows[-1], order) if page.more else None
+    return page_reply(request, page, rows, flash=_warnings(page, rows), next=following)
+
+
+def _behind(where: Document, cursor: str | None, order: Sequence[tuple[str, int]]) -> Document:
+    if not cursor:
+        return where
+    following = behind(cursor, order, JOB_FIELDS)
+    return {"$and": [where, following]} if where else following
+
+
+def _fields(order: Sequence[tuple[str, int]]) -> list[str]:
+    """What is read of a row: what it shows, and what it is sorted by."""
+    shown = {name.partition(".")[0] for name in ROW_FIELDS}
+    return [*ROW_FIELDS, *(path for path, _ in order if path.partition(".")[0] not in shown)]
+
+
+def _warnings(page: Page, rows: Sequence[Document]) -> list[str]:
+    found = []
+    if page.at_least:
+        found.append(f"more than {page.total} jobs match, they are not counted: [next] leads to all of them")
+    if left_out := sum("omitted" in row for row in rows):
+        text = f"the arguments of {left_out} jobs are left out: ask for fewer rows, or for a job itself"
+        found.append(text)
+    return found
 
 
 def selection(args: Args) -> tuple[dict[str, dict[str, Any]], bool]:
@@ -296,7 +321,7 @@ async def missing_id(request: web.Request, args: Args) -> web.Response:
 
 async def follow(request: web.Request, args: Args) -> web.StreamResponse:
     """GET job/follow/<_id>: states and log of a job as they come."""
-    job_id, document, _ = await _find(request, "r")
+    job_id, document, _ = await find(request, request.match_info["_id"], "r", together=True)
     return await follow_job(request, job_id, document, last_event_id=args["last_event_id"])
 
 
@@ -399,15 +424,20 @@ async def _find(request: web.Request, mode: str) -> tuple[ObjectId, Document, bo
     return await find(request, request.match_info["_id"], mode)
 
 
-async def find(request: web.Request, text: str, mode: str) -> tuple[ObjectId, Document, bool]:
+async def find(
+    request: web.Request, text: str, mode: str, *, together: bool = False
+) -> tuple[ObjectId, Document, bool]:
     """The job of the id that `text` may be, if the user may read (`r`) or execute (`x`) it.
+
+    `together`: an answer that others wait for already will do; followers come in crowds.
 
     Raises: JobNotFound, Forbidden.
     """
     if len(text) != 24 or not ObjectId.is_valid(text):
         raise JobNotFound(text[:100])
     job_id = ObjectId(text)
-    found = await request.app[QUEUE].store.document(job_id)
+    look = request.app[HUB].find if together else request.app[QUEUE].store.document
+    found = await look(job_id)
     if found is None:
         raise JobNotFound(text)
     document, journal = found

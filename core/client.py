@@ -218,13 +218,17 @@ class EventParser:
 
 @dataclass(frozen=True)
 class Page:
-    """Some rows of a listing; `total` counts all that match."""
+    """Some rows of a listing; `total` counts all that match, None behind a `cursor` (and `page_count` is 0).
+
+    `next` is the `cursor` for the rows behind these, None at the end and where a listing has none.
+    """
 
     rows: Documents
     page: int
     per_page: int
     page_count: int
-    total: int
+    total: int | None
+    next: str | None = None
 
     def __iter__(self) -> Iterator[Document]:
         return iter(self.rows)
@@ -514,7 +518,7 @@ class Client:
         return counts
 
     def queue(self, **query: Any) -> Page:
-        """Jobs in the queue. `query`: page, per_page, filter, sort, search."""
+        """Jobs in the queue. `query`: page or cursor, per_page, filter, sort, search."""
         return self._page("job/queue", query)
 
     def journal(self, **query: Any) -> Page:
@@ -691,8 +695,9 @@ class Client:
             rows=reply["data"],
             page=int(reply["page"]),
             per_page=int(reply["per_page"]),
-            page_count=int(reply["page_count"]),
-            total=int(reply["total_count"]),
+            page_count=int(reply["page_count"] or 0),
+            total=None if reply["total_count"] is None else int(reply["total_count"]),
+            next=reply.get("next"),
         )
 
     def _call(

@@ -132,6 +132,7 @@ def _listing(command: Callable[..., None]) -> Callable[..., None]:
             ),
             click.option("--page", type=int, default=0, show_default=True, help="Page; -1 is the last one."),
             click.option("--per-page", type=click.IntRange(1, MOST_ROWS), default=50, show_default=True),
+            click.option("--cursor", help="Instead of --page: what the last line of the list before says."),
             JSON_OPTION,
         )
     ):
@@ -157,7 +158,7 @@ def queue(output: str, **query: Any) -> None:
         page = client.queue(**_query(query, sort=[["_id", 1]]))
         counts = client.count() if output == "table" else {}
     words = ", ".join(f"{counts[state]} {state}" for state in STATES if counts.get(state))
-    _show_jobs(page.rows, output, f"{page.total} jobs; in the queue: {words or 'nothing'}")
+    _show_jobs(page.rows, output, f"{_counted(page)}; in the queue: {words or 'nothing'}{_more(page)}")
 
 
 @job.command()
@@ -172,7 +173,7 @@ def history(output: str, **query: Any) -> None:
     """
     with connect() as client:
         page = client.journal(**_query(query, sort=[["_id", -1]]))
-    _show_jobs(page.rows, output, f"{page.total} jobs")
+    _show_jobs(page.rows, output, f"{_counted(page)}{_more(page)}")
 
 
 @job.command()
@@ -354,6 +355,14 @@ def _query(options: Mapping[str, Any], sort: Any) -> dict[str, Any]:
     query = dict(options)
     where = conditions(query.pop("where"), query.pop("states"))
     return {**query, "filter": where, "sort": sort}
+
+
+def _counted(page: Page) -> str:
+    return f"{len(page)} more jobs" if page.total is None else f"{page.total} jobs"
+
+
+def _more(page: Page) -> str:
+    return f"; go on with --cursor {page.next}" if page.next else ""
 
 
 def _all(fetch: Callable[[int], Page], limit: int | None = None) -> list[dict[str, Any]]:

@@ -41,12 +41,15 @@ _BUSY = frozenset(
 
 @dataclass(frozen=True)
 class Page:
-    """One page of stored documents and how many there are behind the filter."""
+    """One page of stored documents and how many there are behind the filter, if they were counted."""
 
     rows: list[Document]
     total: int
     page: int
     per_page: int
+    counted: bool = True
+    at_least: bool = False  # they were counted up to `total` only
+    more: bool = False  # there are rows behind these; only lists that can be read by bookmarks tell
 
 
 class Database:

@@ -314,6 +314,17 @@ class SearchArguments(PageArguments):
     )
 
 
+class JobListArguments(SearchArguments):
+    """Which jobs: a page by its number, or what follows behind a cursor."""
+
+    cursor = Text(allow_none=True, load_default=None)
+
+    @validates_schema
+    def _one_of_both(self, data: Mapping[str, Any], **_: Any) -> None:
+        if data["cursor"] is not None and data["page"]:
+            raise ValidationError("parameter [cursor] stands for [page]: give one of them", "cursor")
+
+
 class BulkArguments(Arguments):
     """What to do with which jobs; `all` stands for no filter, `after` is `more` of the answer before."""
 

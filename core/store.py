@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import bson
@@ -17,6 +18,7 @@ from bson import ObjectId
 from pymongo import IndexModel
 from pymongo.errors import ConnectionFailure, DuplicateKeyError, PyMongoError
 
+from core4 import database as databases
 from core4 import identifiers, states, transitions
 from core4.database import Database, Document, Page
 from core4.errors import JobExists, JobNotFound, LeaseLost, SourceRefused, Unavailable
@@ -87,6 +89,7 @@ INDEXES: Mapping[str, Sequence[IndexModel]] = {
 }
 
 FEW = 4  # read at once to find a first one that can be read
+COUNTED = 10_000  # documents at most that a page of some of them counts: counting reads each of them
 RETRIES = 100  # of one decision, if others keep writing the same job
 _UNREADABLE: set[str] = set()  # ids that this process has logged
 
@@ -171,30 +174,48 @@ class JobStore:
         journal: bool = False,
         fields: Sequence[str] | None = None,
         args_room: int | None = None,
+        counted: bool = True,
     ) -> Page:
         """One page of documents; a negative `page` counts from the end. `where` is a trusted filter.
+
+        Those behind a filter are counted up to `COUNTED` only, but for a page from the end.
 
         Arguments that do not fit into `args_room` bytes any more are left out: `args` of such a row is None
         and `omitted` names it.
         """
         table = self.journal if journal else self.queue
-        total = await table.count_documents(dict(where)) if where else await table.estimated_document_count()
-        pages = -(-total // per_page)
-        number = pages + page if page < 0 else page
-        if number < 0 or number >= pages:
-            return Page([], total, page, per_page)
+        limit = None if page < 0 else COUNTED
+        total, at_least = await self._total(table, where, limit) if counted else (0, False)
+        number = page
+        if page < 0:
+            number += -(-total // per_page)
+            if number < 0:
+                return Page([], total, page, per_page)
+        found = Page([], total, page, per_page, counted=counted, at_least=at_least)
         cursor = table.find(dict(where), list(fields) if fields else None)
-        rows: list[Document] = []
-        # One by one: what is left out must not be held together, either.
-        async for row in cursor.sort(list(sort)).skip(number * per_page).limit(per_page):
+        # One by one: what is left out must not be held together, either. One more than a page tells of more.
+        async for row in cursor.sort(list(sort)).skip(number * per_page).limit(per_page + 1):
+            if len(found.rows) == per_page:
+                return replace(found, more=True)
             if args_room is not None and row.get("args"):
                 size = len(bson.encode(row["args"]))
                 if size > args_room:
                     row |= {"args": None, "omitted": ["args"]}
                 else:
                     args_room -= size
-            rows.append(row)
-        return Page(rows, total, page, per_page)
+            found.rows.append(row)
+        return found
+
+    async def _total(
+        self, table: databases.Collection, where: Mapping[str, Any], limit: int | None
+    ) -> tuple[int, bool]:
+        """How many there are, up to `limit`, and whether there are more."""
+        if not where:
+            return await table.estimated_document_count(), False
+        if limit is None:
+            return await table.count_documents(dict(where)), False
+        found = await table.count_documents(dict(where), limit=limit + 1)
+        return min(found, limit), found > limit
 
     async def first(self, where: Mapping[str, Any]) -> Job | None:
         """The first in rank behind a trusted filter."""

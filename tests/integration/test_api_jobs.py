@@ -5,15 +5,18 @@ from __future__ import annotations
 import asyncio
 import json
 from dataclasses import replace
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
 from bson import ObjectId
 
+from core4 import store
 from core4.api.jobs import whole
 from core4.config import Settings
 from core4.database import Database
 from core4.retries import Outcome
+from core4.store import QUEUE
 from core4.users import UserStore
 from tests.integration.driver import Api, Runner, bearer, order, serving
 
@@ -534,3 +537,106 @@ async def test_hooks_that_cannot_be_followed_are_refused(api: Api, runner: Runne
     assert answer.status == 422
     assert "lead back: t:round -> t:back -> t:round" in answer.body["detail"]
     assert (await api.call("GET", "/job/queue")).data == []
+
+
+async def walk(api: Api, path: str, **query: Any) -> list[dict[str, Any]]:
+    """All rows of a list, by its cursors."""
+    rows: list[dict[str, Any]] = []
+    cursor: str | None = ""
+    while cursor is not None:
+        answer = await api.call("POST", path, json={**query, "cursor": cursor})
+        rows += answer.data
+        assert (answer.body["total_count"], answer.body["page_count"]) == (None, None)
+        assert answer.body["count"] == len(answer.data) <= query["per_page"]
+        cursor = answer.body["next"]
+    return rows
+
+
+SORTS: list[list[list[Any]]] = [
+    [["_id", 1]],
+    [["_id", -1]],
+    [["priority", -1]],
+    [["query_at", 1]],
+    [["query_at", -1], ["priority", 1]],
+    [["error_cat", 1], ["qual_name", -1]],
+]
+
+
+@pytest.mark.parametrize("sort", SORTS)
+@pytest.mark.parametrize("path", ["/job/queue", "/job/journal"])
+async def test_a_walk_by_cursors(
+    api: Api, runner: Runner, database: Database, path: str, sort: list[list[Any]]
+) -> None:
+    """Every row once, in the order of the pages, whatever it is sorted by and whether it is set or not."""
+    at = datetime(2026, 1, 2, 3, 4, 5, 678000, UTC)
+    for n in range(17):
+        job = await runner.queue.enqueue(order(args={"n": n}, options={"priority": n % 3}))
+        if n % 2:
+            await database.collection(QUEUE).update_one({"_id": job.id}, {"$set": {"query_at": at}})
+        if path == "/job/journal":
+            await runner.queue.remove(job.id, by="test")
+    pages = (await api.call("POST", path, json={"sort": sort, "per_page": 100})).data
+    rows = await walk(api, path, sort=sort, per_page=4)
+    some = await walk(api, path, sort=sort, per_page=4, filter={"priority": 1})
+
+    key = {"qual_name": "name"}.get(sort[0][0], sort[0][0])
+    assert sorted(row["_id"] for row in rows) == sorted(row["_id"] for row in pages)
+    assert [row[key] for row in rows] == [row[key] for row in pages]
+    assert len(rows) == 17
+    assert [row["_id"] for row in some] == [row["_id"] for row in rows if row["priority"] == 1]
+
+
+async def test_rows_that_come_and_go_move_no_others(api: Api, runner: Runner) -> None:
+    """Behind a cursor comes what comes behind its row, even if that is gone by then."""
+    ids = [await api.enqueue(n=n) for n in range(6)]
+    first = await api.call("GET", "/job?per_page=3")
+    for job_id in ids[:3]:
+        await api.call("PUT", f"/job/remove/{job_id}")
+    late = await api.enqueue(n=6)
+    second = await api.call("GET", f"/job?per_page=3&cursor={first.body['next']}")
+    third = await api.call("GET", f"/job?per_page=3&cursor={second.body['next']}")
+
+    assert [row["_id"] for row in [*first.data, *second.data, *third.data]] == [str(i) for i in [*ids, late]]
+    assert third.body["next"] is None
+    assert "next" in (await api.call("GET", "/job?per_page=100")).body
+
+
+@pytest.mark.parametrize(
+    "query", [{"cursor": "x"}, {"cursor": "", "page": 1}, {"cursor": 7}, {"cursor": "W10", "sort": []}]
+)
+async def test_cursors_that_are_none(api: Api, query: dict[str, Any]) -> None:
+    """400, and nothing is looked up."""
+    answer = await api.call("POST", "/job/queue", json=query)
+    assert answer.status == 400
+    assert "cursor" in answer.body["error"]
+
+
+async def test_a_cursor_of_another_order(api: Api, runner: Runner) -> None:
+    """It says nothing about this one."""
+    for n in range(3):
+        await api.enqueue(n=n)
+    cursor = (await api.call("GET", "/job?per_page=2")).body["next"]
+    answer = await api.call("POST", "/job/queue", json={"cursor": cursor, "sort": [["priority", 1]]})
+    assert answer.status == 400
+
+
+async def test_many_are_not_counted(
+    api: Api, runner: Runner, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those behind a filter up to a limit, and the answer says so; the last page is still the last."""
+    monkeypatch.setattr(store, "COUNTED", 5)
+    for n in range(8):
+        await api.enqueue(n=n)
+    pending = {"filter": {"state": "pending"}, "per_page": 3}
+    some = await api.call("POST", "/job/queue", json=pending)
+    last = await api.call("POST", "/job/queue", json={**pending, "page": -1})
+    beyond = await api.call("POST", "/job/queue", json={**pending, "page": 2})
+    all_of_them = await api.call("POST", "/job/queue", json={"per_page": 3})
+
+    assert some.body["total_count"] == 5
+    assert "more than 5 jobs match" in some.body["flash"][0]["message"]
+    assert (last.body["total_count"], [row["args"]["n"] for row in last.data]) == (8, [6, 7])
+    assert "flash" not in last.body
+    assert [row["args"]["n"] for row in beyond.data] == [6, 7]
+    assert all_of_them.body["total_count"] == 8
+    assert "flash" not in all_of_them.body
