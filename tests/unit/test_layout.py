@@ -21,7 +21,7 @@ FOLDERS = {"core": "core4", "api": "core4.api", "worker": "core4.worker"}
 LAYERS = (
     (
         "words",
-        "errors states options jobs results retries chains transitions schemas permissions filters "
+        "errors states options jobs results retries chains transitions schemas permissions filters bookmarks "
         "handshake signatures cron timetable orders sanity findings messages sources functions",
     ),
     ("ground", "config faults database changes service embedded identifiers"),
