@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 from core4 import CoreJob
 
 
@@ -22,4 +24,38 @@ class Line(CoreJob):
     qual_name = "tests.jobs.Line"
 
     def execute(self, n: int) -> None:
+        self.logger.info("line %d", n)
+
+
+class Stamp(CoreJob):
+    """Say when the body began."""
+
+    author = "tests"
+    qual_name = "tests.jobs.Stamp"
+
+    def execute(self, n: int) -> float:
+        return time.time()
+
+
+class InlineStamp(CoreJob):
+    """The same, inline."""
+
+    author = "tests"
+    qual_name = "tests.jobs.InlineStamp"
+    inline = True
+    max_parallel = None
+
+    async def execute(self, n: int) -> float:
+        return time.time()
+
+
+class InlineLine(CoreJob):
+    """Write one line, inline."""
+
+    author = "tests"
+    qual_name = "tests.jobs.InlineLine"
+    inline = True
+    max_parallel = None
+
+    async def execute(self, n: int) -> None:
         self.logger.info("line %d", n)

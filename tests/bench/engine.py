@@ -1,0 +1,341 @@
+"""The engine against bare loops of the driver, forks and interpreters: goals 1, 2, 3, 5, 7, 8, 9, 10, 15.
+
+A worker process of its own runs the jobs, as a user starts it; enqueue and claim are called here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack
+from functools import partial
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import psutil
+from bson import ObjectId
+from pymongo import MongoClient, WriteConcern
+from pymongo.collection import Collection
+
+from core4 import jobs
+from core4.config import Settings
+from core4.database import Database
+from core4.jobs import JobOrder, Owner, utcnow
+from core4.queues import JobQueue
+from core4.states import State
+from core4.store import INDEXES, JOURNAL, QUEUE
+from core4.worker import protocol
+from core4.worker.handle import Launcher
+from tests.bench.probes import Figure, Goal
+from tests.helpers import FAST, ROOT, Command, program
+
+Document = dict[str, Any]
+DURABLE = WriteConcern(w="majority", j=True)
+JOBS = ROOT / "tests/jobs/bench.py"
+SLOTS = 32  # of the worker: as many inline jobs as it may take at once
+CLAIMS, ENQUEUES, DRAINED, FORKED, LATENCIES = 20, 50, 400, 100, 25  # per repetition
+SHALLOW, BULK = 100, 1_000
+QUIET = 10.0  # seconds for which an idle worker is looked at
+PATIENCE = 300.0  # seconds for one drain
+
+
+class Engine:
+    """A database with a worker on it, and what is measured there."""
+
+    def __init__(self, url: str, deep: int, home: Path) -> None:
+        self.url, self.deep, self.home = url, deep, home
+        self.name = f"bench_{uuid.uuid4().hex[:8]}"
+        self.client: MongoClient[Document] = MongoClient(url)
+        self.tables = self.client[self.name]
+        self.numbers = count()
+        self.owner = Owner("bench", "bench@here", "here", os.getpid())
+        self.worker: Command
+        self.database: Database
+        self.queue: JobQueue
+        self.launcher: Launcher
+        self.entry: Mapping[str, Any]
+        self.forks: subprocess.Popen[str]
+
+    async def begin(self, stack: AsyncExitStack) -> None:
+        """Connect, make the documents that are there before anything is measured, start the worker."""
+        settings = Settings.load(environ={})
+        stack.callback(self.client.close)
+        stack.callback(self.client.drop_database, self.name)
+        self.launcher = Launcher.spawn(settings)
+        stack.callback(self.launcher.close)
+        self.database = await Database.connect(self.url, self.name)
+        stack.push_async_callback(self.database.close)
+        self.queue = JobQueue(self.database, settings)
+        await self.queue.store.prepare()
+        self.bare.create_indexes(list(INDEXES[QUEUE]))
+        for namespace, depth in (("SHALLOW", SHALLOW), ("DEEP", self.deep)):
+            for start in range(0, depth, BULK):
+                rows = [self.document(namespace) for _ in range(min(BULK, depth - start))]
+                self.tables[QUEUE].insert_many(rows)
+        self.worker = stack.enter_context(
+            Command([program("core4"), "worker", str(JOBS)], self.environ(), cwd=self.home)
+        )
+        # In a thread: it reads the worker's output.
+        await asyncio.to_thread(self.worker.wait_for, "ready", PATIENCE)
+        (loaded,) = await self.launcher.load([str(JOBS)])
+        self.entry = next(each for each in loaded.entries if each["_id"] == "tests.jobs.Noop")
+        forks = [sys.executable, "-m", "tests.bench.forks"]
+        self.forks = stack.enter_context(
+            subprocess.Popen(forks, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        )
+
+    def environ(self) -> dict[str, str]:
+        """The settings as a user has them, not those of the tests; no gate, as this loads all cores."""
+        own = {"CORE4_MONGO_URL": self.url, "CORE4_MONGO_DATABASE": self.name, "CORE4_HOME": str(self.home)}
+        return {**dict.fromkeys(FAST, ""), "CORE4_MAX_CPU": "100", "CORE4_SLOTS": str(SLOTS), **own}
+
+    @property
+    def bare(self) -> Collection[Document]:
+        """For the bare loops: the same documents under the same indexes, and writes as durable as ours."""
+        return self.tables.get_collection("bare", write_concern=DURABLE)
+
+    def order(self, name: str = "tests.jobs.Noop", namespace: str = "NOBODY") -> JobOrder:
+        args = {"n": next(self.numbers)}
+        return JobOrder(name=name, args=args, username="bench", unique=False, namespace=namespace)
+
+    def document(self, namespace: str = "NOBODY", name: str = "tests.jobs.Noop") -> Document:
+        return jobs.new_document(self.order(name, namespace), ObjectId(), utcnow())
+
+    # ------------------------------------------------------------------ claims, 1 and 2
+
+    async def bare_claims(self) -> Sequence[float]:
+        """The best claim there is: one round trip where the server is good at that, else two bounded ones."""
+        self.bare.delete_many({})
+        self.bare.insert_many([self.document() for _ in range(SHALLOW)])
+        return [_timed(self._bare_claim) for _ in range(CLAIMS)]
+
+    def _bare_claim(self) -> ObjectId:
+        line = {"due": True, "namespace": "NOBODY"}
+        update = {"$set": {"state": "running", "lease": {"id": uuid.uuid4().hex}}, "$unset": {"due": 1}}
+        if self.database.find_and_modify:
+            found = self.bare.find_one_and_update(line, update, sort=[("rank", 1)])
+            assert found is not None
+            return found["_id"]  # type: ignore[no-any-return]
+        (first,) = self.bare.find(line).sort("rank", 1).limit(1)
+        key = {"_id": first["_id"], "state": "pending"}
+        assert self.bare.update_one(key, update).modified_count == 1
+        return first["_id"]  # type: ignore[no-any-return]
+
+    def claims(self, namespace: str) -> Callable[[], Awaitable[Sequence[float]]]:
+        async def measure() -> Sequence[float]:
+            found, held = [], []
+            for _ in range(CLAIMS):
+                start = time.perf_counter()
+                (job,) = await self.queue.claims.claim(self.owner, namespaces=[namespace])
+                found.append(time.perf_counter() - start)
+                held.append(job.id)
+            # As deep as before.
+            self.tables[QUEUE].delete_many({"_id": {"$in": held}})
+            self.tables[QUEUE].insert_many([self.document(namespace) for _ in held])
+            return found
+
+        return measure
+
+    # ------------------------------------------------------------------ enqueue, 3
+
+    async def bare_inserts(self) -> Sequence[float]:
+        rows = [self.document() for _ in range(ENQUEUES)]
+        return [_timed(partial(self.bare.insert_one, row)) for row in rows]
+
+    async def enqueues(self) -> Sequence[float]:
+        found = []
+        for order in [self.order() for _ in range(ENQUEUES)]:
+            start = time.perf_counter()
+            await self.queue.enqueue(order)
+            found.append(time.perf_counter() - start)
+        self.tables[QUEUE].delete_many({"namespace": "NOBODY"})
+        return found
+
+    # ------------------------------------------------------------------ drains, 5 and 9
+
+    async def bare_drain(self) -> Sequence[float]:
+        """Claim and finish, one after the other."""
+        self.bare.delete_many({})
+        self.bare.insert_many([self.document() for _ in range(SHALLOW)])
+        return [_timed(self._bare_job) for _ in range(CLAIMS)]
+
+    def _bare_job(self) -> None:
+        key = {"_id": self._bare_claim(), "state": "running"}
+        assert self.bare.update_one(key, {"$set": {"state": "complete"}}).modified_count == 1
+
+    def drain(self, name: str, number: int) -> Callable[[], Awaitable[Sequence[float]]]:
+        """Seconds per job, by the times at which they were in the journal: of the 20 to 95 % part."""
+
+        async def measure() -> Sequence[float]:
+            rows = [self.document("DEFAULT", name) for _ in range(number)]
+            self.tables[QUEUE].insert_many(rows)
+            ended = sorted(await self.journaled([row["_id"] for row in rows]))
+            low, high = int(number * 0.2), int(number * 0.95)
+            return [(ended[high] - ended[low]) / (high - low)]
+
+        return measure
+
+    async def journaled(self, ids: list[ObjectId]) -> list[float]:
+        """When each of these jobs was journaled, as soon as all are."""
+        deadline = time.monotonic() + PATIENCE
+        while time.monotonic() < deadline:
+            rows = list(self.tables[JOURNAL].find({"_id": {"$in": ids}}, {"journaled_at": 1, "state": 1}))
+            if len(rows) == len(ids):
+                assert all(row["state"] == State.COMPLETE for row in rows), rows
+                return [row["journaled_at"].timestamp() for row in rows]
+            await asyncio.sleep(0.2)
+        raise TimeoutError(f"{len(rows)} of {len(ids)} jobs are in the journal")
+
+    # ------------------------------------------------------------------ latency, 7
+
+    async def bare_latency(self) -> Sequence[float]:
+        """What cannot be left out between an enqueue and the body: one insert and one claim."""
+
+        def both() -> None:
+            self.bare.insert_one(self.document())
+            self._bare_claim()
+
+        self.bare.delete_many({})
+        return [_timed(both) for _ in range(LATENCIES)]
+
+    def latency(self, name: str) -> Callable[[], Awaitable[Sequence[float]]]:
+        """From the enqueue to the first line of the body, the worker being idle."""
+
+        async def measure() -> Sequence[float]:
+            found = []
+            for _ in range(LATENCIES):
+                await asyncio.sleep(random.uniform(0.03, 0.15))
+                start = time.time()
+                job = await self.queue.enqueue(self.order(name, "DEFAULT"))
+                await self.journaled([job.id])
+                document = self.tables[JOURNAL].find_one({"_id": job.id})
+                assert document is not None
+                found.append(document["result"] - start)
+            return found
+
+        return measure
+
+    # ------------------------------------------------------------------ processes, 9 and 10
+
+    def _bare_process(self, kind: str) -> tuple[float, float]:
+        assert self.forks.stdin is not None
+        assert self.forks.stdout is not None
+        self.forks.stdin.write(kind + "\n")
+        self.forks.stdin.flush()
+        began, reaped = self.forks.stdout.readline().split()
+        return float(began), float(reaped)
+
+    def bare_process(self, kind: str) -> Callable[[], Awaitable[Sequence[float]]]:
+        async def measure() -> Sequence[float]:
+            return [self._bare_process(kind)[1] for _ in range(CLAIMS)]
+
+        return measure
+
+    def process(self, *, fresh: bool) -> Callable[[], Awaitable[Sequence[float]]]:
+        """A job process as the worker has it, without the database: from the order to its last process."""
+
+        async def measure() -> Sequence[float]:
+            found = []
+            for _ in range(CLAIMS):
+                start = time.perf_counter()
+                process = await self.launcher.start(fresh=fresh)
+                await process.send(_process_order(self.entry))
+                while (message := await protocol.read(process.channel)) is not None:
+                    assert "failed" not in message, message
+                await process.wait()
+                found.append(time.perf_counter() - start)
+                process.close()
+            return found
+
+        return measure
+
+    # ------------------------------------------------------------------ facts without a floor, 8 and 15
+
+    async def idle_calls(self) -> Document | None:
+        """Database calls per second of a worker that has nothing to do; None if the server counts none."""
+        before = self._calls()
+        if before is None:
+            return None
+        await asyncio.sleep(QUIET)
+        after = self._calls()
+        assert after is not None
+        counted = {kind: round((after[kind] - before[kind]) / QUIET, 2) for kind in before}
+        return {"per_second": round(sum(counted.values()), 2), **counted}
+
+    def _calls(self) -> dict[str, int] | None:
+        counters = self.client.admin.command("serverStatus").get("opcounters")
+        return {str(kind): int(number) for kind, number in counters.items()} if counters else None
+
+    async def memory(self) -> Document:
+        """Megabytes of the idle worker and of each process below it."""
+        worker = psutil.Process(self.worker.process.pid)
+        family = [worker, *worker.children(recursive=True)]
+        rss = [round(each.memory_info().rss / 2**20, 1) for each in family]
+        pss = [round(each.memory_full_info().pss / 2**20, 1) for each in family]
+        return {"rss_mb": rss, "pss_mb": pss, "rss_all": round(sum(rss), 1), "pss_all": round(sum(pss), 1)}
+
+    # ------------------------------------------------------------------ all of them
+
+    def goals(self) -> list[Goal]:
+        shallow = Figure(f"claim, {SHALLOW} waiting", self.claims("SHALLOW"))
+        deep = Figure(f"claim, {self.deep:,} waiting", self.claims("DEEP"))
+        claim = Figure("bare claim", self.bare_claims)
+        insert = Figure("bare insert", self.bare_inserts)
+        fork = Figure("fork and wait", self.bare_process("fork"))
+        python = Figure("python -c", self.bare_process("python"))
+        latency = Figure("bare insert and claim", self.bare_latency)
+        inline = Figure("inline job drained", self.drain("tests.jobs.InlineStamp", DRAINED))
+        bare = Figure("bare claim and update", self.bare_drain)
+        return [
+            Goal("1", shallow, claim, 0.8),
+            Goal("2", deep, shallow, 1.5, by="time"),
+            Goal("3", Figure("enqueue", self.enqueues), insert, 0.85),
+            Goal("5", inline, bare, 2.0),
+            Goal(
+                "7",
+                Figure("enqueue to body, inline, idle", self.latency("tests.jobs.InlineStamp")),
+                latency,
+                1.0,
+                by="time",
+                plus=0.003,
+            ),
+            Goal("9", Figure("job in a warm process", self.process(fresh=False)), fork, 4.0, by="time"),
+            Goal(
+                "9",
+                Figure("process job drained", self.drain("tests.jobs.Stamp", FORKED)),
+                fork,
+                4.0,
+                by="time",
+            ),
+            Goal(
+                "10", Figure("job in a fresh interpreter", self.process(fresh=True)), python, 2.0, by="time"
+            ),
+        ]
+
+
+def _timed(operation: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    operation()
+    return time.perf_counter() - start
+
+
+def _process_order(entry: Mapping[str, Any]) -> Document:
+    return {
+        "job": {
+            "id": str(ObjectId()),
+            "name": "tests.jobs.Noop",
+            "args": {"n": 1},
+            "attempt": 1,
+            "options": {},
+        },
+        "entry": {name: entry[name] for name in ("target", "module", "qualname")},
+        "result_limit": 1 << 20,
+        "log_limit": 1 << 20,
+    }
