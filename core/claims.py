@@ -74,7 +74,7 @@ class Claims:
         """Some due jobs, the paused names that were met, and whether others left the line."""
         closed: Document = {"namespace": {"$nin": controls.closed}} if controls.closed else {}
         pinned = await self._pinned(owner, {**where, **closed}, limit)
-        if pinned or not self._store.database.find_and_modify:
+        if pinned or limit > 1 or not self._store.database.find_and_modify:
             waiting = await self._peek(namespaces, where, limit + 8)
             candidates = sorted([*pinned, *waiting], key=lambda doc: doc["rank"])
             paused = {doc["name"] for doc in candidates if controls.of_name(doc["name"])}
@@ -180,14 +180,21 @@ class Claims:
         return found
 
     async def take(self, owner: Owner, candidates: Sequence[Document], limit: int) -> list[Job]:
+        # What is in another state only a hand puts in line; see core4.doctor.
+        line = [seen for seen in readable(candidates) if seen.state in WAITING]
+        if limit == 1:
+            return await self._take_one_by_one(owner, line, limit)
+        wishes = [(seen, transitions.claim(seen, owner)) for seen in line[:limit]]
+        taken = await self._store.cas_many(wishes)
+        jobs = [taken[seen.id] for seen, _ in wishes if seen.id in taken]
+        return jobs + await self._take_one_by_one(owner, line[limit:], limit - len(jobs))
+
+    async def _take_one_by_one(self, owner: Owner, line: Sequence[Job], limit: int) -> list[Job]:
         taken: list[Job] = []
-        line = list(readable(candidates))
         index = 0
         while index < len(line) and len(taken) < limit:
             seen = line[index]
             index += 1
-            if seen.state not in WAITING:
-                continue  # only a hand puts it in line; see core4.doctor
             job = await self._store.cas(seen, transitions.claim(seen, owner))
             if job is None:
                 index += random.randrange(3)  # others read the same line: do not race for each place in it

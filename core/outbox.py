@@ -7,6 +7,7 @@ the journal.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -14,9 +15,11 @@ from contextlib import suppress
 from typing import Any
 
 from bson import ObjectId
-from pymongo.errors import DuplicateKeyError, PyMongoError
+from pymongo import DeleteOne, ReplaceOne
+from pymongo.errors import BulkWriteError, DuplicateKeyError, PyMongoError
 
 from core4 import chains, transitions
+from core4.database import Document
 from core4.errors import BadArguments, Conflict, JobExists, JobNotFound, Unavailable
 from core4.events import audit_of
 from core4.jobs import Job, utcnow
@@ -27,6 +30,7 @@ from core4.transitions import Change
 
 log = logging.getLogger(__name__)
 
+DUPLICATE = 11000  # code of a key that is there
 WAITERS = 200  # that are let loose at once
 
 
@@ -109,6 +113,18 @@ class Outbox:
         except PyMongoError as error:
             log.warning("job.unsettled", extra={"job_id": str(job.id), "error": str(error)[:200]})
             return 0
+
+    async def settle_many(self, jobs: Sequence[Job]) -> None:
+        """`try_settle` for several; those that have nothing to do but to move do that together."""
+        moving = [job for job in jobs if transitions.settles(job) and _only_moves(job)]
+        done: set[ObjectId] = set()
+        if len(moving) > 1:
+            try:
+                done = await self.move_many(moving)
+            except PyMongoError as error:
+                log.warning("job.unsettled", extra={"jobs": len(moving), "error": str(error)[:200]})
+                done = {job.id for job in moving}  # a sweep does it
+        await asyncio.gather(*(self.try_settle(job) for job in jobs if job.id not in done))
 
     async def settle(self, job: Job) -> None:
         """Do what is noted in the outbox, then move the job to the journal if it leaves the queue.
@@ -307,12 +323,7 @@ class Outbox:
     async def move(self, job: Job) -> None:
         """Copy to the journal, then delete exactly what was copied; repeatable by anyone at any point."""
         for _ in range(RETRIES):
-            copy = {
-                key: value
-                for key, value in job.document.items()
-                if key not in ("settle", "audit", "stopped_at", *transitions.LINE)
-            }
-            copy["journaled_at"] = utcnow()
+            copy = _journaled(job)
             # No job leaves the queue before all that was done to it is told.
             await self._store.events.complete(audit_of(job.document))
             try:
@@ -329,6 +340,26 @@ class Outbox:
                 return
             job = Job.from_document(document)
 
+    async def move_many(self, jobs: Sequence[Job]) -> set[ObjectId]:
+        """`move` for several, each step for all of them at once; the ids of those that have moved, or none.
+
+        Raises: PyMongoError.
+        """
+        await self._store.events.complete([line for job in jobs for line in audit_of(job.document)])
+        copies = [
+            ReplaceOne({"_id": job.id, "rev": {"$lt": job.rev}}, _journaled(job), upsert=True) for job in jobs
+        ]
+        try:
+            await self._store.journal.bulk_write(copies, ordered=False)
+        except BulkWriteError as error:
+            if any(each["code"] != DUPLICATE for each in error.details["writeErrors"]):
+                raise
+        # This revision of each, or a newer one, is in the journal now.
+        copied = [DeleteOne({"_id": job.id, "rev": job.rev}) for job in jobs]
+        deleted = await self._store.queue.bulk_write(copied, ordered=False)
+        # If one was not deleted, each is looked at alone: to move again does no harm.
+        return {job.id for job in jobs} if deleted.deleted_count == len(jobs) else set()
+
     async def sweep(self, limit: int = 500) -> int:
         """Do what a dead process left undone: children not made, jobs not journaled, actions not told."""
         done = 0
@@ -340,6 +371,18 @@ class Outbox:
             for job in readable(untold, journal=journal):
                 await self._store.try_tell(job)
         return done
+
+
+def _only_moves(job: Job) -> bool:
+    """True if nothing but the move to the journal is left to do for a job that has ended."""
+    return job.has_ended and not job.outbox and not job.journal and transitions.leaves(job)
+
+
+def _journaled(job: Job) -> Document:
+    """What of a job is kept in the journal."""
+    gone = ("settle", "audit", "stopped_at", *transitions.LINE)
+    copy = {key: value for key, value in job.document.items() if key not in gone}
+    return {**copy, "journaled_at": utcnow()}
 
 
 def _told(waiting: Job, prerequisite: ObjectId, other: Job | None) -> Change | None:

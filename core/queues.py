@@ -6,8 +6,9 @@ in other documents is noted with it and settled by `core4.outbox`; who takes whi
 
 from __future__ import annotations
 
+import asyncio
 import uuid
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Literal
@@ -20,7 +21,7 @@ from core4 import chains, identifiers, jobs, transitions
 from core4.claims import Claims
 from core4.config import Settings
 from core4.database import Database, refuses_content
-from core4.errors import Conflict, JobNotFound, LeaseLost, Unavailable
+from core4.errors import Conflict, Core4Error, JobNotFound, LeaseLost, Unavailable
 from core4.jobs import Job, JobOrder, utcnow
 from core4.outbox import Outbox
 from core4.retries import Outcome
@@ -80,6 +81,20 @@ class JobQueue:
 
         return await self.store.held(job, lease, lambda seen: transitions.start(seen, lease, pid))
 
+    async def start_many(self, orders: Sequence[tuple[Job, int]]) -> list[Job | Core4Error]:
+        """`start` for several jobs and the processes they run in; the error of a job stands in its place."""
+        ids = [job.id for job, _ in orders]
+        rows = await self.store.journal.find({"_id": {"$in": ids}}, {"_id": 1}).to_list(None)
+        done = {row["_id"] for row in rows}
+        left = [job for job, _ in orders if job.id not in done]
+        # Each under its own lease, whoever may hold the job by now.
+        told = {job.id: (transitions.lease_of(job), pid) for job, pid in orders}
+        found = await self.store.held_many(left, lambda seen: transitions.start(seen, *told[seen.id]))
+        for job, pid in orders:
+            if job.id in done:
+                found[job.id] = await or_error(self.start(job, pid=pid))
+        return [found[job_id] for job_id in ids]
+
     async def progress(self, job: Job, value: float | None, message: str | None) -> None:
         """Store how far the job is.
 
@@ -131,6 +146,31 @@ class JobQueue:
             )
         await self.outbox.try_settle(after)
         return after
+
+    async def finish_many(self, ends: Sequence[tuple[Job, Outcome, int]]) -> list[Job | Core4Error]:
+        """`finish` for several jobs, each with its outcome and the number of its last line.
+
+        The error of a job stands in its place.
+        """
+        told = {job.id: (transitions.lease_of(job), outcome, log_seq) for job, outcome, log_seq in ends}
+        alone = [job.id for job, outcome, _ in ends if jobs.too_deep(outcome.result)]
+
+        def plan(seen: Job) -> Change | None:
+            return transitions.finish(seen, *told[seen.id])
+
+        wishes = [
+            (job, change) for job, _, _ in ends if job.id not in alone and (change := _tried(plan, job))
+        ]
+        found: dict[ObjectId, Job | Core4Error] = {}
+        if len(wishes) > 1:
+            written = await self.store.cas_many(wishes)
+            await self.outbox.settle_many(list(written.values()))
+            found |= written
+        # Should one of the others be written after all, that is found.
+        left = [each for each in ends if each[0].id not in found]
+        moves = [or_error(self.finish(job, outcome, log_seq=log_seq)) for job, outcome, log_seq in left]
+        found |= {job.id: each for (job, _, _), each in zip(left, await asyncio.gather(*moves), strict=True)}
+        return [found[job_id] for job_id in told]
 
     async def release(self, job: Job, *, reason: str, delay: float = 0.0, evicted: int = 0) -> Job:
         """Put a held job back in line, uncharged, due after `delay` seconds.
@@ -329,6 +369,21 @@ class JobQueue:
                     change = replace(change, move="reclaim")
                 rescued += await self.outbox.cas_and_settle(job, change)
         return rescued
+
+
+def _tried(plan: Callable[[Job], Change | None], job: Job) -> Change | None:
+    try:
+        return plan(job)
+    except LeaseLost:
+        return None
+
+
+async def or_error(move: Awaitable[Job]) -> Job | Core4Error:
+    """The job after its move, or what stood in the way of that, for a list of several."""
+    try:
+        return await move
+    except (LeaseLost, Unavailable) as error:
+        return error
 
 
 def _unstorable(why: str) -> Outcome:

@@ -10,18 +10,27 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 import bson
 from bson import ObjectId
-from pymongo import IndexModel
-from pymongo.errors import ConnectionFailure, DuplicateKeyError, PyMongoError
+from bson.errors import BSONError
+from pymongo import IndexModel, UpdateOne
+from pymongo.errors import (
+    BulkWriteError,
+    ConnectionFailure,
+    DocumentTooLarge,
+    DuplicateKeyError,
+    PyMongoError,
+    WriteError,
+)
 
 from core4 import database as databases
 from core4 import identifiers, states, transitions
-from core4.database import Database, Document, Page
-from core4.errors import JobExists, JobNotFound, LeaseLost, SourceRefused, Unavailable
+from core4.database import Database, Document, Page, refuses_content
+from core4.errors import Core4Error, JobExists, JobNotFound, LeaseLost, SourceRefused, Unavailable
 from core4.events import EventStore, audit_of
 from core4.jobs import HISTORY_LIMIT, Job, Lease, canonical
 from core4.returns import Returns
@@ -90,6 +99,8 @@ INDEXES: Mapping[str, Sequence[IndexModel]] = {
 
 FEW = 4  # read at once to find a first one that can be read
 COUNTED = 10_000  # documents at most that a page of some of them counts: counting reads each of them
+# What is raised for a document that cannot be stored: by the driver before it sends it, or by the server.
+REFUSED = (BSONError, DocumentTooLarge, OverflowError, UnicodeError, BulkWriteError)
 RETRIES = 100  # of one decision, if others keep writing the same job
 _UNREADABLE: set[str] = set()  # ids that this process has logged
 
@@ -369,20 +380,8 @@ class JobStore:
 
     async def cas(self, seen: Job, change: Change) -> Job | None:
         """Write `change` if the document is still the one that was `seen`; the job after it, or None."""
-        change = transitions.signed(change, identifiers.request_id())
-        move = states.MOVES[change.move]
-        target = State(change.set.get("state", seen.state))
-        if seen.state not in move.sources or target not in move.targets:
-            raise AssertionError(f"illegal move {change.move}: {seen.state} -> {target}")
-        where: Document = {"_id": seen.id, "state": seen.state.value, "rev": seen.rev}
-        if move.held:
-            where["lease.id"] = transitions.lease_of(seen).id
-        rev = change.rev or seen.rev + 1
-        update: Document = {"$set": {**change.set, "rev": rev}}
-        if change.unset:
-            update["$unset"] = dict.fromkeys(change.unset, 1)
-        if change.entry is not None:
-            update["$push"] = {"history": {"$each": [change.entry], "$slice": -HISTORY_LIMIT}}
+        change = _checked(seen, change)
+        where, update, rev = _guarded(seen, change)
         table = self.journal if seen.journal else self.queue
         result = await table.update_one(where, update)
         if not result.matched_count:
@@ -391,6 +390,38 @@ class JobStore:
             await self._try_wake_slot(seen.document["slot_key"])
         after = Job.from_document(transitions.applied(seen.document, change, rev), journal=seen.journal)
         return await self.try_tell(after) if change.set.get("audit") else after
+
+    async def cas_many(self, wishes: Sequence[tuple[Job, Change]]) -> dict[ObjectId, Job]:
+        """`cas` for several jobs in one round trip, each as guarded as alone; those that were written.
+
+        Left out are those that were not, or of which that is not known, or which need more than one update:
+        who asks for them alone then finds out.
+        """
+        checked = [(seen, _checked(seen, change)) for seen, change in wishes]
+        simple = [
+            (seen, change, *_guarded(seen, change)) for seen, change in checked if _is_simple(seen, change)
+        ]
+        if not simple:
+            return {}
+        updates = [UpdateOne(where, update) for _, _, where, update, _ in simple]
+        try:
+            result = await self.queue.bulk_write(updates, ordered=False)
+        except REFUSED as error:
+            if isinstance(error, BulkWriteError) and not _refuses_content(error):
+                raise
+            return {}
+        after = {
+            seen.id: transitions.applied(seen.document, change, rev) for seen, change, _, _, rev in simple
+        }
+        if result.matched_count < len(updates):
+            rows = await self.queue.find({"_id": {"$in": list(after)}}).to_list(None)
+            there = {row["_id"]: row for row in rows}
+            after = {
+                seen.id: after[seen.id]
+                for seen, change, _, _, rev in simple
+                if _is_written(there.get(seen.id, {}), change, rev)
+            }
+        return {job_id: Job.from_document(document) for job_id, document in after.items()}
 
     async def held(self, job: Job, lease: Lease, plan: Callable[[Job], Change | None]) -> Job:
         """The same for the holder of a lease, starting from the document it has at hand."""
@@ -407,6 +438,30 @@ class JobStore:
             except JobNotFound:
                 raise LeaseLost(job.id, lease.id) from None
         raise Unavailable(f"job [{job.id}] is busy, try again")
+
+    async def held_many(
+        self, jobs: Sequence[Job], plan: Callable[[Job], Change | None]
+    ) -> dict[ObjectId, Job | Core4Error]:
+        """`held` for several jobs, each under its own lease; the error of a job stands in its place."""
+        wishes: list[tuple[Job, Change]] = []
+        for job in jobs:
+            with suppress(LeaseLost):
+                change = plan(job)
+                wishes += [(job, change)] if change is not None else []
+        found: dict[ObjectId, Job | Core4Error] = {}
+        if len(wishes) > 1:
+            found |= await self.cas_many(wishes)
+        for job in jobs:
+            if job.id not in found:
+                # Should it be written after all, the plan finds that.
+                found[job.id] = await self._held_or_error(job, plan)
+        return found
+
+    async def _held_or_error(self, job: Job, plan: Callable[[Job], Change | None]) -> Job | Core4Error:
+        try:
+            return await self.held(job, transitions.lease_of(job), plan)
+        except (LeaseLost, Unavailable) as error:
+            return error
 
     async def try_tell(self, job: Job) -> Job:
         """Tell the audit what was done to a job; if it cannot be done now, a sweep or the move will."""
@@ -453,6 +508,50 @@ class JobStore:
             await self.wake_slot(key)
         except PyMongoError as error:
             log.warning("job.unwoken", extra={"slot_key": key, "error": str(error)[:200]})
+
+
+def _checked(seen: Job, change: Change) -> Change:
+    """The change as it is written, of a move that there is."""
+    change = transitions.signed(change, identifiers.request_id())
+    move = states.MOVES[change.move]
+    target = State(change.set.get("state", seen.state))
+    if seen.state not in move.sources or target not in move.targets:
+        raise AssertionError(f"illegal move {change.move}: {seen.state} -> {target}")
+    return change
+
+
+def _guarded(seen: Job, change: Change) -> tuple[Document, Document, int]:
+    """The filter that says what was seen, the update, and the revision afterwards."""
+    where: Document = {"_id": seen.id, "state": seen.state.value, "rev": seen.rev}
+    if states.MOVES[change.move].held:
+        where["lease.id"] = transitions.lease_of(seen).id
+    rev = change.rev or seen.rev + 1
+    update: Document = {"$set": {**change.set, "rev": rev}}
+    if change.unset:
+        update["$unset"] = dict.fromkeys(change.unset, 1)
+    if change.entry is not None:
+        update["$push"] = {"history": {"$each": [change.entry], "$slice": -HISTORY_LIMIT}}
+    return where, update, rev
+
+
+def _is_simple(seen: Job, change: Change) -> bool:
+    """True if nothing has to be done after the update: nobody waits for a slot, nothing is to be told."""
+    frees = "slot" in change.unset and seen.document.get("slot")
+    return not seen.journal and not frees and not change.set.get("audit")
+
+
+def _is_written(document: Mapping[str, Any], change: Change, rev: int) -> bool:
+    """True if it was this change that made the document what it is; False if it has changed since."""
+    fields = {name: value for name, value in change.set.items() if "." not in name}
+    told = change.entry is None or document.get("history", [])[-1:] == [change.entry]
+    same = all(document.get(name) == value for name, value in fields.items())
+    return document.get("rev") == rev and told and same
+
+
+def _refuses_content(error: BulkWriteError) -> bool:
+    """True if what one of the updates wrote is to blame, and not the state of the server."""
+    refused = [WriteError(each.get("errmsg", ""), each.get("code")) for each in error.details["writeErrors"]]
+    return all(map(refuses_content, refused)) and not error.details.get("writeConcernErrors")
 
 
 def readable(documents: Iterable[Document], *, journal: bool = False) -> Iterator[Job]:

@@ -452,11 +452,9 @@ class Worker:
             return 0
         if self._paused or self._controls.of_worker(self.owner.worker):
             return 0
-        # Some may not fill all slots: then one by one, so that none is claimed to be given back.
-        tight = any(
-            (entry["options"]["max_parallel"] or free) < free for entry in self._loaded.entries.values()
-        )
-        limit = 1 if tight else free
+        # All may be of the one name that has the least room: none is claimed to be given back.
+        options = {name: entry["options"] for name, entry in self._loaded.entries.items()}
+        limit = min([free, *self._slots.rooms({name: one["max_parallel"] for name, one in options.items()})])
         with self._slots.reserved(limit):
             claimed = await self._backend.claim(
                 self.owner,

@@ -30,7 +30,11 @@ from core4.schedules import SCHEDULE, ScheduleStore, publish_declared
 from core4.states import Flag
 from core4.store import QUEUE
 from core4.worker.protocol import Message
+from core4.worker.together import Together
 from core4.worker.upkeep import Upkeep
+
+TOGETHER = 64  # jobs that are started, finished or logged in one call, at most
+FEW_LINES = 10  # of a log that are stored together with those of other jobs
 
 
 class Direct:
@@ -48,6 +52,9 @@ class Direct:
         self._inbox = Inbox(database)
         self._actions = ActionStore(database)
         self._feed = ChangeFeed(database, [QUEUE, SCHEDULE, CONTROL])
+        self._start = Together(self._queue.start_many, TOGETHER)
+        self._finish = Together(self._queue.finish_many, TOGETHER)
+        self._append = Together(self._append_many, TOGETHER)
 
     async def prepare(self) -> None:
         for store in (self._queue.store, self._logs, self._registry, self._controls, self._inbox):
@@ -141,7 +148,7 @@ class Direct:
         return await self._queue.release(job, reason=reason, delay=delay, evicted=evicted)
 
     async def start(self, job: Job, *, pid: int) -> Job:
-        return await self._queue.start(job, pid=pid)
+        return await self._start((job, pid))
 
     async def progress(self, job: Job, value: float, message: str) -> None:
         await self._queue.progress(job, value, message)
@@ -150,10 +157,20 @@ class Direct:
         return await self._queue.flag(job, what, reason=reason)
 
     async def finish(self, job: Job, outcome: Outcome, *, log_seq: int) -> Job:
-        return await self._queue.finish(job, outcome, log_seq=log_seq)
+        return await self._finish((job, outcome, log_seq))
 
     async def append(self, job: Job, hostname: str, lines: Sequence[Line]) -> None:
-        await self._logs.append(job, hostname, lines)
+        if len(lines) > FEW_LINES:
+            await self._logs.append(job, hostname, lines)  # it fills a round trip alone
+        else:
+            await self._append((job, hostname, lines))
+
+    async def _append_many(self, batches: Sequence[tuple[Job, str, Sequence[Line]]]) -> Sequence[None]:
+        if len(batches) == 1:
+            await self._logs.append(*batches[0])
+        else:
+            await self._logs.append_many(batches)
+        return [None] * len(batches)
 
     async def action(self, job: Job) -> Mapping[str, Any] | None:
         return await self._actions.granted(job.document["function"])

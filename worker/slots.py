@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from bson import ObjectId
@@ -36,6 +36,12 @@ class Slots:
     def lent(self) -> int:
         """Jobs that wait for others and have lent their slot."""
         return len(self._lenders)
+
+    def rooms(self, most: Mapping[str, int | None]) -> list[int]:
+        """How many more of each of these names may run, of those that are limited and not full."""
+        running = Counter(job.name for job in self._holders.values())
+        rooms = [limit - running[name] for name, limit in most.items() if limit is not None]
+        return [room for room in rooms if room > 0]
 
     def full_names(self) -> set[str]:
         """The names of which as many run as they allow; those that wait do not count."""

@@ -203,6 +203,27 @@ class Actor:
         started = await self.start(job)
         return await self.finish(started, kind) if started else None
 
+    async def start_several(self, jobs: Sequence[Job]) -> list[Job]:
+        """Start jobs in one call, as a worker does it, and note each execution's start."""
+
+        async def call() -> list[Job | Core4Error]:
+            return await self.queue.start_many([(job, os.getpid()) for job in jobs])
+
+        started = await self._several("start", jobs, call)
+        for job in started:
+            token = self.executions[str(job.id)] = uuid.uuid4().hex
+            note(str(self.ledger), "start", str(job.id), job.trial, token)
+        return started
+
+    async def finish_several(self, jobs: Sequence[Job]) -> list[Job]:
+        """End executions, and record their outcomes in one call."""
+        ends = []
+        for job in jobs:
+            token = self.executions[str(job.id)]
+            note(str(self.ledger), "end", str(job.id), job.trial, token)
+            ends.append((job, Outcome.complete({"token": token}), job.log_seq))
+        return await self._several("finish", jobs, lambda: self.queue.finish_many(ends))
+
     async def run_all(self) -> int:
         """Claim and complete what there is; how many."""
         jobs = await self.claim(10)
@@ -261,6 +282,28 @@ class Actor:
                 self.history.answer(number, "ok")
                 return found
         return None
+
+    async def _several(
+        self, op: str, jobs: Sequence[Job], call: Callable[[], Awaitable[Sequence[Job | Core4Error]]]
+    ) -> list[Job]:
+        """`_twice` for a call that is about several jobs, each an operation of its own."""
+        leases = [job.lease.id for job in jobs if job.lease is not None]
+        numbers = [
+            self.history.invoke(self.owner.id, op, job.id, lease=lease)
+            for job, lease in zip(jobs, leases, strict=True)
+        ]
+        for last in (False, True):
+            try:
+                found = await call()
+            except (PyMongoError, Unavailable) as error:
+                for number in numbers if last else ():
+                    self.history.answer(number, "info", repr(error))
+                continue
+            for number, each in zip(numbers, found, strict=True):
+                failed = isinstance(each, Core4Error)
+                self.history.answer(number, "fail" if failed else "ok", repr(each) if failed else None)
+            return [each for each in found if isinstance(each, Job)]
+        return []
 
     async def _ask(
         self,

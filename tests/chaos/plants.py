@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,10 +15,10 @@ from bson import ObjectId
 from pymongo.errors import AutoReconnect, DuplicateKeyError
 
 from core4 import jobs, schedules, transitions
-from core4.errors import JobExists
+from core4.errors import Core4Error, JobExists
 from core4.jobs import Job, JobOrder, Lease, Owner
 from core4.outbox import Outbox
-from core4.queues import JobQueue
+from core4.queues import JobQueue, or_error
 from core4.retries import Outcome
 from core4.schedules import Decision, Schedule
 from core4.states import State
@@ -56,6 +56,27 @@ def _unguarded(move: str) -> None:
         return careless
 
     _patch(JobStore, "cas", make)
+    _one_by_one()
+
+
+def _one_by_one() -> None:
+    """Writes of several jobs at once become those of one job after the other, so that a plant is in them."""
+
+    async def cas_many(self: JobStore, wishes: Sequence[tuple[Job, Change]]) -> dict[ObjectId, Job]:
+        written = [await self.cas(seen, change) for seen, change in wishes]
+        return {job.id: job for job in written if job is not None}
+
+    async def move_many(self: Outbox, jobs: Sequence[Job]) -> set[ObjectId]:
+        for job in jobs:
+            await self.move(job)
+        return {job.id for job in jobs}
+
+    async def start_many(self: JobQueue, orders: Sequence[tuple[Job, int]]) -> list[Job | Core4Error]:
+        return [await or_error(self.start(job, pid=pid)) for job, pid in orders]
+
+    JobStore.cas_many = cas_many  # type: ignore[method-assign]
+    Outbox.move_many = move_many  # type: ignore[method-assign]
+    JobQueue.start_many = start_many  # type: ignore[method-assign]
 
 
 @plant
@@ -112,6 +133,7 @@ def delete_before_journal() -> None:
             await self._store.journal.replace_one({"_id": job.id}, copy, upsert=True)
 
     Outbox.move = move  # type: ignore[method-assign]
+    _one_by_one()
 
 
 @plant
@@ -137,6 +159,7 @@ def no_tombstone_check() -> None:
         return await self.store.held(job, lease, lambda seen: transitions.start(seen, lease, pid))
 
     JobQueue.start = start  # type: ignore[method-assign]
+    _one_by_one()
 
 
 @plant
@@ -211,6 +234,7 @@ def rescue_only_what_has_started() -> None:
         return blind
 
     _patch(JobStore, "cas", make)
+    _one_by_one()
 
 
 @plant

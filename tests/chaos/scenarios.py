@@ -89,6 +89,28 @@ def started(**options: Any) -> Step:
     return step
 
 
+async def several_claimed(actor: Actor) -> None:
+    for key in ("k1", "k2", "k3"):
+        await actor.enqueue(key)
+    actor.kept["jobs"] = await actor.claim(3)
+
+
+async def several_started(actor: Actor) -> None:
+    await several_claimed(actor)
+    actor.kept["jobs"] = await actor.start_several(actor.kept["jobs"])
+
+
+async def one_of_several_lost(actor: Actor) -> None:
+    """One of three jobs that were started together has gone to another worker."""
+    await several_started(actor)
+    await actor.queue.release(actor.kept["jobs"][1], reason="lost")
+    stale, actor.owner = actor.owner, new_owner()
+    execution = actor.executions.copy()
+    await actor.register()
+    await actor.start((await actor.claim())[0])
+    actor.owner, actor.executions = stale, execution
+
+
 def finished(kind: str, **options: Any) -> Step:
     async def step(actor: Actor) -> None:
         await started(**options)(actor)
@@ -167,6 +189,14 @@ async def pulled_by_one(actor: Actor) -> None:
     assert document["result"] is None
     assert document["consumed"]["by"] == "chaos"
     assert len(takers) <= 1
+
+
+async def start_several(actor: Actor) -> None:
+    await actor.start_several(actor.kept["jobs"])
+
+
+async def finish_several(actor: Actor) -> None:
+    await actor.finish_several(actor.kept["jobs"])
 
 
 async def finish(actor: Actor) -> None:
@@ -255,6 +285,9 @@ scenario(
 )
 scenario("start", lambda actor: actor.start(job(actor)), claimed())
 scenario("start-of-a-leftover", lambda actor: actor.start(job(actor)), journal_twin)
+scenario("start-several", start_several, several_claimed)
+scenario("finish-several", finish_several, several_started)
+scenario("finish-several-one-stale", finish_several, one_of_several_lost, overlaps=True)
 scenario("progress", lambda actor: actor.progress(job(actor)), started())
 scenario("progress-stale", lambda actor: actor.progress(job(actor)), taken_over, overlaps=True)
 scenario("flag", lambda actor: actor.queue.flag(job(actor), "wall", reason="too long"), started())
@@ -524,6 +557,24 @@ async def append(actor: Actor) -> None:
         await actor.logs.append(running, "here", lines)
 
 
+async def append_several(actor: Actor) -> None:
+    """Lines of two jobs in one call."""
+    batches = [
+        (each, "here", [Line((each.fence << 32) + n, 0.0, "INFO", f"line {n}") for n in (1, 2)])
+        for each in actor.kept["jobs"][:2]
+    ]
+    try:
+        await actor.logs.append_many(batches)
+    except PyMongoError:
+        await actor.logs.append_many(batches)
+
+
+async def several_lines_once(actor: Actor) -> None:
+    for document in await actor.database.collection(JOURNAL).find({}).to_list(None):
+        seqs = [line["seq"] for line in await actor.logs.tail(document["_id"], 0)]
+        assert seqs in ([], [(1 << 32) + 1, (1 << 32) + 2])
+
+
 async def lines_once(actor: Actor) -> None:
     (document,) = await actor.database.collection(JOURNAL).find({}).to_list(None)
     seqs = [line["seq"] for line in await actor.logs.tail(document["_id"], 0)]
@@ -657,6 +708,7 @@ scenario("serve", lambda actor: actor.registry.serve(actor.owner, ["other.Job"])
 scenario("leave", lambda actor: actor.registry.leave(actor.owner), claimed())
 scenario("bury", bury_self, claimed())
 scenario("append", append, started(), proof=lines_once)
+scenario("append-several", append_several, several_started, proof=several_lines_once)
 scenario("publish", publish, proof=is_published, repeat=True)
 scenario("user-add", add_user, proof=is_user, repeat=True)
 scenario(

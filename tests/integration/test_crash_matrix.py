@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
+from bson import ObjectId
 
 from core4 import states
 from core4.database import Database
@@ -37,15 +38,20 @@ MOVES: set[str] = set()  # that the scenarios seen so far have made
 
 @pytest.fixture(scope="module", autouse=True)
 def moves_noted() -> Iterator[None]:
-    """What is written through `JobStore.cas` is noted in `MOVES`."""
-    write = JobStore.cas
+    """What is written through `JobStore.cas` and `cas_many` is noted in `MOVES`."""
+    write, write_many = JobStore.cas, JobStore.cas_many
 
     async def noted(self: JobStore, seen: Job, change: Change) -> Job | None:
         MOVES.add(change.move)
         return await write(self, seen, change)
 
+    async def noted_many(self: JobStore, wishes: Sequence[tuple[Job, Change]]) -> dict[ObjectId, Job]:
+        MOVES.update(change.move for _, change in wishes)
+        return await write_many(self, wishes)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(JobStore, "cas", noted)
+        patch.setattr(JobStore, "cas_many", noted_many)
         yield
 
 
