@@ -75,9 +75,9 @@ class Attendance:
             try:
                 if await self._queue.promote() + await self._queue.claims.wake_rated():
                     self._woken()
-                await self._queue.expire()
                 if now - rescued_at >= self._settings.rescue_every:
                     rescued_at = now
+                    await self._queue.expire()  # windows are of hours: seconds later is soon enough
                     await self._rescue()
                     await self._queue.claims.wake_held()
                 if now - swept_at >= SWEEP_EVERY:

@@ -6,6 +6,7 @@ is paused, the slots of its `max_running` are taken, or the starts of its `rate_
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
@@ -36,6 +37,7 @@ class Claims:
         self._store, self._outbox = store, outbox
         self._rates = RateStore(store.database)
         self._horizon: dict[str, int] = {}
+        self._raced = False  # somebody was faster the last time: who takes several at once loses several
 
     async def claim(
         self,
@@ -73,9 +75,14 @@ class Claims:
     ) -> tuple[list[Job], set[str], bool]:
         """Some due jobs, the paused names that were met, and whether others left the line."""
         closed: Document = {"namespace": {"$nin": controls.closed}} if controls.closed else {}
-        pinned = await self._pinned(owner, {**where, **closed}, limit)
-        if pinned or limit > 1 or not self._store.database.find_and_modify:
-            waiting = await self._peek(namespaces, where, limit + 8)
+        peek = limit > 1 or not self._store.database.find_and_modify
+        pinned, waiting = await asyncio.gather(
+            self._pinned(owner, {**where, **closed}, limit),
+            self._peek(namespaces if peek else (), where, limit + 8),
+        )
+        if pinned and not peek:
+            peek, waiting = True, await self._peek(namespaces, where, limit + 8)
+        if peek:
             candidates = sorted([*pinned, *waiting], key=lambda doc: doc["rank"])
             paused = {doc["name"] for doc in candidates if controls.of_name(doc["name"])}
             free = [doc for doc in candidates if doc["name"] not in paused]
@@ -182,21 +189,26 @@ class Claims:
     async def take(self, owner: Owner, candidates: Sequence[Document], limit: int) -> list[Job]:
         # What is in another state only a hand puts in line; see core4.doctor.
         line = [seen for seen in readable(candidates) if seen.state in WAITING]
-        if limit == 1:
+        if self._raced or min(limit, len(line)) <= 1:
             return await self._take_one_by_one(owner, line, limit)
         wishes = [(seen, transitions.claim(seen, owner)) for seen in line[:limit]]
         taken = await self._store.cas_many(wishes)
         jobs = [taken[seen.id] for seen, _ in wishes if seen.id in taken]
-        return jobs + await self._take_one_by_one(owner, line[limit:], limit - len(jobs))
+        more = await self._take_one_by_one(owner, line[limit:], limit - len(jobs))
+        if len(jobs) < len(wishes):
+            self._raced = True
+        return jobs + more
 
     async def _take_one_by_one(self, owner: Owner, line: Sequence[Job], limit: int) -> list[Job]:
         taken: list[Job] = []
+        self._raced = False
         index = 0
         while index < len(line) and len(taken) < limit:
             seen = line[index]
             index += 1
             job = await self._store.cas(seen, transitions.claim(seen, owner))
             if job is None:
+                self._raced = True
                 index += random.randrange(3)  # others read the same line: do not race for each place in it
             else:
                 taken.append(job)
