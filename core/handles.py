@@ -175,7 +175,7 @@ class Record:
 
     @property
     def debug(self) -> bool:
-        """Whether its function calls a debugger: then only a worker started for such jobs runs it."""
+        """Whether its function calls a debugger; only a worker started for such jobs runs it then."""
         return bool(self._row.get("debug"))
 
     @property
