@@ -1,4 +1,4 @@
-"""Shipped functions on pools of real workers: scenarios 4, 5 and 11 of the document.
+"""Shipped functions on pools of real workers: scenarios 3, 4, 5 and 11 of the document.
 
 The document has ten workers. ``CORE4_TEST_POOL`` says how many there are here.
 """
@@ -6,7 +6,7 @@ The document has ten workers. ``CORE4_TEST_POOL`` says how many there are here.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -57,11 +57,15 @@ class Desk:
         """A file that functions may see, and that is not there."""
         return self._folder / name
 
-    async def all_busy(self) -> bool:
-        """Whether each worker of the pool runs a function."""
-        running = await self.do(lambda functions: functions.find(state="RUNNING"))
-        assert len(running) == POOL, len(running)
-        return True
+    def busy(self, count: int) -> Callable[[], Awaitable[bool]]:
+        """A look whether so many functions run."""
+
+        async def look() -> bool:
+            running = await self.do(lambda functions: functions.find(state="RUNNING"))
+            assert len(running) == count, len(running)
+            return True
+
+        return look
 
 
 @pytest.fixture
@@ -87,6 +91,24 @@ def results_of(ids: Sequence[str], functions: Functions) -> list[Any]:
 
 
 @pytest.mark.timeout(900)
+@pytest.mark.row("M14", "M27", "M28")
+async def test_functions_that_wait_for_workers_in_windows(desk: Desk, registry: WorkerRegistry) -> None:
+    """Scenario 3: nothing is there, twenty are NEW, and four workers in tmux make them OK."""
+    assert await desk.do(lambda functions: functions.find()) == []
+    gate = desk.file("gate")
+    new = await desk.do(lambda functions: [job.id for job in waiting(functions, gate, 20)])
+    assert len(await desk.do(lambda functions: functions.find(state="NEW"))) == 20
+
+    workers.workers_tmux_start(4, **desk.workers)
+    await eventually_async(desk.busy(4), 180, what="each worker has one", every=0.5)
+    assert {row["type"] for row in await registry.up()} == {"tmux"}
+    assert len(await desk.do(lambda functions: functions.find(state="NEW"))) == 16
+    gate.touch()
+    assert await desk.do(partial(results_of, new)) == ["OK"] * 20
+    assert len(await desk.do(lambda functions: functions.find(state="OK"))) == 20
+
+
+@pytest.mark.timeout(900)
 @pytest.mark.row("M30", "M12")
 async def test_functions_before_the_pool_and_after_it(desk: Desk, registry: WorkerRegistry) -> None:
     """Scenarios 4 and 5: ten wait and the pool comes; then twenty slow ones come, and it grows to its most.
@@ -101,7 +123,7 @@ async def test_functions_before_the_pool_and_after_it(desk: Desk, registry: Work
 
     gate = desk.file("gate")
     slow = await desk.do(lambda functions: [job.id for job in waiting(functions, gate, 20)])
-    await eventually_async(desk.all_busy, 180, what="each worker has one", every=0.5)
+    await eventually_async(desk.busy(POOL), 180, what="each worker has one", every=0.5)
     assert len(await registry.up()) == POOL
     assert pool.alive
     gate.touch()
@@ -151,6 +173,6 @@ async def test_good_and_bad_functions_on_a_fixed_pool(desk: Desk, registry: Work
 
     await desk.do(first)
     ids = await desk.do(second)
-    await eventually_async(desk.all_busy, 180, what="each worker has one", every=0.5)
+    await eventually_async(desk.busy(POOL), 180, what="each worker has one", every=0.5)
     gate.touch()
     await desk.do(partial(last, ids))
