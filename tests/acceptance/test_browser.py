@@ -50,6 +50,7 @@ class Browser:
         self.complaints: list[str] = []
         self.asked: list[str] = []
         context.set_default_timeout(WAIT)
+        expect.set_options(timeout=WAIT)
 
     def open(self, path: str) -> Page:
         page = self._context.new_page()

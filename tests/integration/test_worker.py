@@ -7,7 +7,7 @@ import itertools
 import os
 import re
 import signal
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +22,7 @@ from core4 import jobs
 from core4.catalogue import Catalogue
 from core4.config import Settings
 from core4.database import Database
+from core4.errors import Core4Error
 from core4.jobs import Job, JobOrder, Owner
 from core4.logs import LogStore
 from core4.queues import JobQueue
@@ -577,13 +578,14 @@ async def test_a_kill_at_once_after_the_enqueue_ends_killed(house: House) -> Non
 async def test_a_kill_between_claim_and_start_is_heard_at_once(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    start = JobQueue.start
+    start = JobQueue.start_many
 
-    async def killed_first(self: JobQueue, job: Job, *, pid: int | None = None) -> Job:
-        await self.kill(job.id, by="me")
-        return await start(self, job, pid=pid)
+    async def killed_first(self: JobQueue, orders: Sequence[tuple[Job, int]]) -> list[Job | Core4Error]:
+        for job, _ in orders:
+            await self.kill(job.id, by="me")
+        return await start(self, orders)
 
-    monkeypatch.setattr(JobQueue, "start", killed_first)
+    monkeypatch.setattr(JobQueue, "start_many", killed_first)
     async with house.worker(heartbeat=3600.0, dead_after=36000.0):
         job = await house.reach(await house.enqueue("sleep", pidfile="/dev/null", value=600))
 
