@@ -8,8 +8,8 @@ RUN = $(BIN)/python
 REPORT = reports/rows.json
 # More words for pytest: make test ARGS="tests/unit -k cron"
 ARGS ?=
-# Many tests wait for processes and servers: three at a time keep two cores busy.
-WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 3 ? 3 : n > 8 ? 8 : n)))
+# As many at a time as there are cores: three on two took longer than two.
+WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 2 ? 2 : n > 8 ? 8 : n)))
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export PIP_NO_INPUT = 1
