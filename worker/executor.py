@@ -39,7 +39,7 @@ from core4.worker.watch import Watch
 
 log = logging.getLogger(__name__)
 
-LOG_PATIENCE = 5.0  # seconds that the finish waits for the last lines to be stored
+LOG_PATIENCE = 30.0  # seconds that the finish waits until a busy database has the last lines
 PIPE_PATIENCE = 5.0  # seconds for the rest of the output after the last process is gone
 PROGRESS_EVERY = 1.0  # seconds between two progress writes
 _FRAME_MARGIN = 1024 * 1024  # bytes of a frame beside the result in it
