@@ -81,6 +81,7 @@ class Windows:
             self._tmux("set-option", "-s", WANTED, str(count))
             return False
         # In a file for this user, as tmux shows its environment and its commands to whoever asks.
+        self._file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         write_private(self._file, _toml(replace(settings, slots=settings.slots or 1)))
         again = f"until {self._core4('tmux', 'supervise')}; do sleep 1; done"
         self._tmux(
