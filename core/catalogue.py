@@ -11,12 +11,11 @@ from pymongo import ReplaceOne
 from pymongo.errors import BulkWriteError
 
 from core4 import chains
-from core4.database import Database, Document, Page
+from core4.database import Database, Document, Page, only_duplicates
 from core4.jobs import utcnow
 
 CATALOGUE = "sys.job"
 MOST_SIMILAR = 3  # names that are proposed for one that is not there
-DUPLICATE = 11000  # what the database says of a key that there is already
 
 
 class Catalogue:
@@ -36,7 +35,7 @@ class Catalogue:
                 await self._jobs.bulk_write(changed, ordered=False)
                 return
             except BulkWriteError as error:
-                if {each["code"] for each in error.details["writeErrors"]} != {DUPLICATE}:
+                if not only_duplicates(error):
                     raise
                 # Another worker published some of them first: now they are known.
 

@@ -20,7 +20,7 @@ os.environ.setdefault("MOTOR_MAX_WORKERS", "64")
 
 from motor.motor_asyncio import AsyncIOMotorClient, AsyncIOMotorCollection
 from pymongo import IndexModel, ReadPreference, WriteConcern
-from pymongo.errors import DuplicateKeyError, OperationFailure, PyMongoError, WriteError
+from pymongo.errors import BulkWriteError, DuplicateKeyError, OperationFailure, PyMongoError, WriteError
 
 from core4 import faults
 
@@ -34,6 +34,7 @@ FAST = WriteConcern(w=1)
 GOING_DOWN = frozenset(
     {91, 189, 10107, 11600, 11602, 13435, 13436}
 )  # codes of a server that is being replaced
+DUPLICATE = 11000  # code of a key that is there already
 _BUSY = frozenset(
     {24, 50, 112, 262, 11601, 14031}
 )  # locks, time limits, conflicts, interruption, a full disk
@@ -185,6 +186,12 @@ class _Stream:
 def history_lost(error: OperationFailure) -> bool:
     """True if a change stream cannot go on from its token, but a new one can be opened."""
     return error.code in {260, 280, 286}
+
+
+def only_duplicates(error: BulkWriteError) -> bool:
+    """True if all that a batch of writes met are keys that were there already, and the rest is durable."""
+    codes = {each["code"] for each in error.details["writeErrors"]}
+    return codes == {DUPLICATE} and not error.details.get("writeConcernErrors")
 
 
 def refuses_content(error: WriteError) -> bool:

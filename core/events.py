@@ -18,7 +18,7 @@ from pymongo import IndexModel
 from pymongo.errors import BulkWriteError, DuplicateKeyError, PyMongoError
 
 from core4 import identifiers
-from core4.database import Database, Document, Page
+from core4.database import Database, Document, Page, only_duplicates
 from core4.errors import Core4Error
 from core4.jobs import Owner, utcnow
 
@@ -101,7 +101,7 @@ class EventStore:
         try:
             await self._events.insert_many(list(lines), ordered=False)
         except BulkWriteError as error:
-            if any(each["code"] != 11000 for each in error.details["writeErrors"]):
+            if not only_duplicates(error):
                 raise
 
     async def complete(self, lines: Sequence[Document]) -> None:

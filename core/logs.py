@@ -11,7 +11,7 @@ from bson import ObjectId
 from pymongo import IndexModel
 from pymongo.errors import BulkWriteError, DuplicateKeyError
 
-from core4.database import Database, Document, Page
+from core4.database import Database, Document, Page, only_duplicates
 from core4.jobs import Job
 
 LOG = "sys.log"
@@ -65,7 +65,7 @@ class LogStore:
         try:
             await self._log.insert_many(chunks, ordered=False)
         except BulkWriteError as error:
-            if any(each["code"] != 11000 for each in error.details["writeErrors"]):
+            if not only_duplicates(error):
                 raise
 
     async def tail(

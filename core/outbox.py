@@ -19,7 +19,7 @@ from pymongo import DeleteOne, ReplaceOne
 from pymongo.errors import BulkWriteError, DuplicateKeyError, PyMongoError
 
 from core4 import chains, transitions
-from core4.database import Document
+from core4.database import Document, only_duplicates
 from core4.errors import BadArguments, Conflict, JobExists, JobNotFound, Unavailable
 from core4.events import audit_of
 from core4.jobs import Job, utcnow
@@ -30,7 +30,6 @@ from core4.transitions import Change
 
 log = logging.getLogger(__name__)
 
-DUPLICATE = 11000  # code of a key that is there
 WAITERS = 200  # that are let loose at once
 
 
@@ -352,7 +351,7 @@ class Outbox:
         try:
             await self._store.journal.bulk_write(copies, ordered=False)
         except BulkWriteError as error:
-            if any(each["code"] != DUPLICATE for each in error.details["writeErrors"]):
+            if not only_duplicates(error):
                 raise
         # This revision of each, or a newer one, is in the journal now.
         copied = [DeleteOne({"_id": job.id, "rev": job.rev}) for job in jobs]
