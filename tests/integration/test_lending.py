@@ -193,6 +193,7 @@ async def test_a_wait_outlives_an_outage_of_the_database(
     mongo_url: str, house: House, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The called job ends while nobody can be told; the caller waits on, in the same attempt."""
+    caplog.set_level("INFO", logger="core4.worker.executor")
     gate, wire = tmp_path / "gate", Wire(mongo_url)
     await wire.mend()
     url = f"mongodb://127.0.0.1:{wire.port}/?directConnection=true"
@@ -203,7 +204,7 @@ async def test_a_wait_outlives_an_outage_of_the_database(
         await running_child(house, caller)
         await wire.cut()
         gate.write_text("meanwhile")
-        await eventually_async(_true(lambda: "job.write_delayed" in caplog.text), what="nobody is told")
+        await eventually_async(_true(lambda: "job.ended" in caplog.text), what="it ends, and nobody is told")
         await wire.mend()
         ended = await house.reach(caller)
     await wire.cut()
