@@ -7,6 +7,7 @@ nothing is skipped for want of a service.
 from __future__ import annotations
 
 import os
+import signal
 import uuid
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -27,6 +28,9 @@ from tests.helpers import FAST, Stack, quick_folder, running_stack
 if TYPE_CHECKING:
     from tests.rabbit import Rabbit
 
+# Ctrl-C is tested: where whoever runs this ignores it (nohup, a job in the background), so would all it starts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # The tests start hundreds of processes: without this each of them compiles every module again.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 if folder := quick_folder():
