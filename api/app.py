@@ -143,7 +143,9 @@ async def _attend(app: web.Application) -> AsyncIterator[None]:
         contact=Contact(),
         name=lambda: f"api@{socket.gethostname()}",
         woken=lambda: None,  # workers hear of it through the feed
+        live=lambda: app[FEED].live,
     )
+    app[FEED].listen(attendance.hear)
     parts = (attendance.run(), attendance.keep_contact(), attendance.count())
     tasks = [asyncio.create_task(part, name="attendance") for part in parts]
     yield

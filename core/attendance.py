@@ -14,11 +14,13 @@ from collections.abc import Callable
 
 from pymongo.errors import PyMongoError
 
+from core4.changes import QUIET, Change, Lookout, jittered
 from core4.config import Settings
 from core4.controls import ControlStore
 from core4.database import Database
 from core4.errors import Unavailable
 from core4.events import EventStore
+from core4.jobs import utcnow
 from core4.queues import JobQueue
 from core4.registry import WorkerRegistry
 
@@ -47,7 +49,8 @@ class Contact:
 class Attendance:
     """The chores of one process.
 
-    `name` is who declares others dead, `woken` is called when there is something to claim.
+    `name` is who declares others dead, `woken` is called when there is something to claim, `live` tells
+    whether changes of queue and controls are told to `hear` just now.
     """
 
     def __init__(
@@ -59,35 +62,82 @@ class Attendance:
         contact: Contact,
         name: Callable[[], str],
         woken: Callable[[], None],
+        live: Callable[[], bool],
     ) -> None:
         self._database, self._settings, self._queue = database, settings, queue
         self._contact, self._name, self._woken = contact, name, woken
         self._controls = ControlStore(database)
         self._registry = WorkerRegistry(database)
         self._events = EventStore(database)
+        self._lookout = Lookout(live, settings.poll)
 
     async def run(self) -> None:
         """Do all of it now and then, until cancelled; survives outages of the database."""
-        rescued_at = swept_at = time.monotonic()
+        async with asyncio.TaskGroup() as parts:
+            parts.create_task(self._wake())
+            parts.create_task(self._look_after())
+
+    def hear(self, change: Change) -> None:
+        """A change that may say that something will be due, and when."""
+        if change.kind == "resync" or "wake_at" in change.fields:
+            self._lookout.hint()
+        elif (due := change.fields.get("query_at")) is not None:
+            self._expect((due - utcnow()).total_seconds())
+
+    def _expect(self, seconds: float) -> None:
+        # All of them expect the same: the first does it, and the others find nothing left.
+        self._lookout.expect(seconds + random.uniform(0, self._settings.poll / 10))
+
+    async def _wake(self) -> None:
+        """Make due what has waited long enough."""
         while True:
-            await asyncio.sleep(jittered(self._settings.poll))
-            now = time.monotonic()
+            self._lookout.looking()
             try:
-                if await self._queue.promote() + await self._queue.claims.wake_rated():
-                    self._woken()
-                if now - rescued_at >= self._settings.rescue_every:
-                    rescued_at = now
-                    await self._queue.expire()  # windows are of hours: seconds later is soon enough
-                    await self._rescue()
+                await self._wake_due()
+            except TROUBLE as error:
+                self._trouble(error)
+                self._lookout.expect(jittered(1.0))
+            await self._lookout.wait()
+
+    async def _wake_due(self) -> None:
+        """Promote and wake what is due; what will be before the next look is expected."""
+        ahead = self._settings.poll * QUIET * 2
+        woken = 0
+        if (seconds := await self._queue.due_in(ahead)) is not None and seconds <= 0:
+            woken += await self._queue.promote()
+            seconds = await self._queue.due_in(ahead)
+        if seconds is not None:
+            self._expect(seconds)
+        if (seconds := await self._queue.claims.rated_in()) is not None and seconds <= 0:
+            woken += await self._queue.claims.wake_rated()
+            seconds = await self._queue.claims.rated_in()
+        if seconds is not None:
+            self._expect(seconds)
+        if woken:
+            self._woken()
+
+    async def _look_after(self) -> None:
+        """Rescue what the dead held, finish what they left half done."""
+        swept_at = time.monotonic()
+        while True:
+            await asyncio.sleep(jittered(min(self._settings.rescue_every, SWEEP_EVERY)))
+            try:
+                await self._queue.expire()  # windows are of hours: seconds later is soon enough
+                rescued = await self._rescue()
+                sweep = time.monotonic() - swept_at >= SWEEP_EVERY
+                if rescued or sweep:
                     await self._queue.claims.wake_held()
-                if now - swept_at >= SWEEP_EVERY:
-                    swept_at = now
+                if sweep:
+                    swept_at = time.monotonic()
                     await self._queue.outbox.sweep()
                     await self._queue.claims.unpark(await self._controls.read())
             except TROUBLE as error:
-                self._contact.lost()
-                log.warning("upkeep.failed", extra={"error": str(error)[:200]})
+                self._trouble(error)
                 await asyncio.sleep(jittered(1.0))
+
+    def _trouble(self, error: Exception) -> None:
+        self._contact.lost()
+        log.warning("upkeep.failed", extra={"error": str(error)[:200]})
 
     async def keep_contact(self) -> None:
         """Ask the database for a sign of life, until cancelled: for a process that renews nothing itself."""
@@ -115,11 +165,11 @@ class Attendance:
             except TROUBLE as error:
                 log.warning("upkeep.count_failed", extra={"error": str(error)[:200]})
 
-    async def _rescue(self) -> None:
+    async def _rescue(self) -> int:
         since = self._contact.since
         # Whoever was cut off itself cannot say who else is dead: an outage of the database kills nobody.
         if since is None or time.monotonic() - since < self._settings.dead_after:
-            return
+            return 0
         for owner in await self._registry.bury(self._settings.dead_after):
             log.warning("worker.declared_dead", extra={"dead": owner})
             await self._events.tell("worker.dead", self._name(), key=f"{owner}.dead", owner=owner)
@@ -127,8 +177,4 @@ class Attendance:
         if rescued:
             log.warning("worker.rescued", extra={"jobs": rescued})
             self._woken()
-
-
-def jittered(seconds: float) -> float:
-    """About so many seconds: processes that were started together do not ask together."""
-    return seconds * random.uniform(0.75, 1.25)
+        return rescued

@@ -8,18 +8,23 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
+import random
+import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from pymongo.errors import OperationFailure, PyMongoError
 
-from core4.database import Database, history_lost
+from core4.database import AWAIT, Database, history_lost
 
 log = logging.getLogger(__name__)
 
 POLL = 0.5  # seconds between two resyncs where the server has no change streams
 REOPEN = 60.0  # seconds until a refused change stream is tried again
+QUIET = 10  # pauses that pass between two looks without a hint while the feed is live
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,12 @@ class ChangeFeed:
         self._collections = tuple(collections)
         self._listeners: set[Listener] = set()
         self._token: Mapping[str, Any] | None = None
+        self._heard: float | None = None  # when the server answered last on the open stream
+
+    @property
+    def live(self) -> bool:
+        """True while what changes is told at once; False as soon as the server is silent on the stream."""
+        return self._heard is not None and time.monotonic() - self._heard < 2 * AWAIT
 
     def listen(self, callback: Listener) -> Callable[[], None]:
         """Call `callback` for every change from now on; returns what ends that."""
@@ -60,6 +71,7 @@ class ChangeFeed:
             except OperationFailure as error:
                 await self._refused(error)
             except PyMongoError as error:
+                self._heard = None
                 log.warning("changes.interrupted", extra={"error": str(error)[:200]})
                 await asyncio.sleep(POLL)
 
@@ -68,13 +80,14 @@ class ChangeFeed:
             # Whatever happened before the stream was open has been told to nobody.
             self._tell(Change("resync"))
             while True:
+                self._heard = time.monotonic()
                 document = await stream.next()
                 self._token = stream.resume_token
                 if document is not None:
                     self._tell(_change(document))
 
     async def _refused(self, error: OperationFailure) -> None:
-        self._token = None
+        self._token = self._heard = None
         if history_lost(error):
             return
         log.warning("changes.polling", extra={"error": str(error)[:200], "retry_in": REOPEN})
@@ -88,6 +101,66 @@ class ChangeFeed:
                 listener(change)
             except Exception:
                 log.exception("changes.listener_failed")
+
+
+class Lookout:
+    """When to look again for something that changes are told of.
+
+    At a hint, at a time that is expected, else after a pause. While the feed is live and the last pause
+    passed without a hint the next one is longer: a look without a hint then only makes up for one that was
+    missed.
+
+    Args:
+        live: whether all is told just now, see `ChangeFeed.live`.
+        pause: seconds, about.
+    """
+
+    def __init__(self, live: Callable[[], bool], pause: float) -> None:
+        self._live, self._pause = live, pause
+        self._hinted, self._quiet = True, False
+        self._expected: float | None = None
+        self._stirred = asyncio.Event()
+
+    def hint(self) -> None:
+        """There may be something now."""
+        self._hinted = True
+        self._stirred.set()
+
+    def expect(self, seconds: float) -> None:
+        """There will be something in so many seconds."""
+        at = time.monotonic() + seconds
+        if self._expected is None or at < self._expected:
+            self._expected = at
+            self._stirred.set()
+
+    def looking(self) -> None:
+        """A look begins: it sees whatever was hinted at before."""
+        self._quiet = not self._hinted
+        self._hinted, self._expected = False, None
+
+    async def wait(self) -> None:
+        """Until it is time for the next look."""
+        began, pause = time.monotonic(), jittered(self._pause)
+        while not self._hinted:
+            now = time.monotonic()
+            pauses = QUIET if self._quiet and self._live() else 1
+            if now >= began + pauses * pause or (self._expected is not None and now >= self._expected):
+                return
+            # No longer than a pause: the feed may break off.
+            until = min(now + pause, began + pauses * pause, self._expected or math.inf)
+            self._stirred.clear()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._stirred.wait(), until - now)
+
+
+def never() -> bool:
+    """`live` of who hears of no changes."""
+    return False
+
+
+def jittered(seconds: float) -> float:
+    """About so many seconds: processes that were started together do not ask together."""
+    return seconds * random.uniform(0.75, 1.25)
 
 
 def _change(document: Mapping[str, Any]) -> Change:

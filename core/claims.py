@@ -274,6 +274,10 @@ class Claims:
                 woken += await self._store.wake_slot(row["_id"])
         return woken
 
+    async def rated_in(self) -> float | None:
+        """Seconds until some that a rate limit holds may be started; None if it holds none."""
+        return await self._rates.due_in()
+
     async def wake_rated(self) -> int:
         """Put back in line what was held by a rate limit: as many per name as may be started now."""
         expected, now = await self._rates.expected()

@@ -278,6 +278,13 @@ class RateStore:
         now = await self._database.server_time()
         return [Starts.from_document(row) for row in rows if row["wake_at"] <= now], now
 
+    async def due_in(self) -> float | None:
+        """Seconds until held jobs of some name have to be looked after; None if there are none."""
+        wakes = [at for at in (await self.wakes()).values() if at is not None]
+        if not wakes:
+            return None
+        return (min(wakes) - await self._database.server_time()).total_seconds()
+
     async def wakes(self) -> dict[str, datetime | None]:
         """When the held jobs of each name are looked after next; None if nobody will."""
         rows = await self._controls.find({"kind": "rate"}, {"name": 1, "wake_at": 1}).to_list(None)

@@ -31,6 +31,7 @@ Collection = AsyncIOMotorCollection[Document]
 DURABLE = WriteConcern(w="majority", j=True, wtimeout=10_000)
 FAST = WriteConcern(w=1)
 
+AWAIT = 1.0  # seconds after which a server answers on a change stream that there was nothing
 GOING_DOWN = frozenset(
     {91, 189, 10107, 11600, 11602, 13435, 13436}
 )  # codes of a server that is being replaced
@@ -152,7 +153,9 @@ class Database:
         Raises: OperationFailure where the server has no change streams or has lost the history.
         """
         pipeline = [{"$match": {"ns.coll": {"$in": list(collections)}}}]
-        stream = self._database.watch(pipeline, resume_after=resume_token, max_await_time_ms=1000)
+        stream = self._database.watch(
+            pipeline, resume_after=resume_token, max_await_time_ms=int(AWAIT * 1000)
+        )
         async with stream:
             # motor opens the stream lazily: ask once, so that a refusal comes from here.
             first = await stream.try_next()

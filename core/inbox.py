@@ -6,15 +6,15 @@ it then. Several may read the same message: they make the same job. Dead letters
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
 from bson import ObjectId
 from pymongo import IndexModel
 
+from core4.changes import Lookout, never
 from core4.database import Database, Document
 from core4.jobs import utcnow
 
@@ -38,12 +38,22 @@ class Inbox:
     Args:
         poll: seconds between two looks into an inbox that was empty.
         prefetch: most messages that are delivered and not settled.
+        live: whether `hint` is called for whatever comes in just now; then it looks less often.
     """
 
     scope = "inbox"
 
-    def __init__(self, database: Database, *, poll: float = 1.0, prefetch: int = 50) -> None:
-        self._database, self._poll, self._prefetch = database, poll, prefetch
+    def __init__(
+        self,
+        database: Database,
+        *,
+        poll: float = 1.0,
+        prefetch: int = 50,
+        live: Callable[[], bool] = never,
+    ) -> None:
+        self._database, self._prefetch = database, prefetch
+        self._lookout = Lookout(live, poll)
+        self.hint = self._lookout.hint
         self._messages = database.collection(INBOX)
 
     async def prepare(self) -> None:
@@ -63,6 +73,7 @@ class Inbox:
             if swept is None or time.monotonic() - swept > SWEEP_EVERY:
                 swept = time.monotonic()
                 await self._forget_old()
+            self._lookout.looking()
             found = False
             for row in await self._window(queues):
                 if row["_id"] in pending or len(pending) >= self._prefetch:
@@ -73,7 +84,7 @@ class Inbox:
                     pending.add(row["_id"])
                     yield InboxDelivery(self, message, pending)
             if not found:
-                await asyncio.sleep(self._poll)
+                await self._lookout.wait()
 
     async def _window(self, queues: Sequence[str]) -> list[Document]:
         where = {"due": True, "queue": {"$in": list(queues)}}

@@ -114,16 +114,22 @@ class Outbox:
             return 0
 
     async def settle_many(self, jobs: Sequence[Job]) -> None:
-        """`try_settle` for several; those that have nothing to do but to move do that together."""
-        moving = [job for job in jobs if transitions.settles(job) and _only_moves(job)]
+        """`try_settle` for several; what is the same for many of them is done together."""
+        settling = [job for job in jobs if transitions.settles(job)]
         done: set[ObjectId] = set()
-        if len(moving) > 1:
+        together = (
+            (self.move_many, [job for job in settling if _only_moves(job)]),
+            (self._hush_many, [job for job in settling if _only_hushes(job)]),
+        )
+        for settle, some in together:
+            if len(some) < 2:
+                continue
             try:
-                done = await self.move_many(moving)
+                done |= await settle(some)
             except PyMongoError as error:
-                log.warning("job.unsettled", extra={"jobs": len(moving), "error": str(error)[:200]})
-                done = {job.id for job in moving}  # a sweep does it
-        await asyncio.gather(*(self.try_settle(job) for job in jobs if job.id not in done))
+                log.warning("job.unsettled", extra={"jobs": len(some), "error": str(error)[:200]})
+                done |= {job.id for job in some}  # a sweep does it
+        await asyncio.gather(*(self.try_settle(job) for job in settling if job.id not in done))
 
     async def settle(self, job: Job) -> None:
         """Do what is noted in the outbox, then move the job to the journal if it leaves the queue.
@@ -288,6 +294,18 @@ class Outbox:
                 ready += [after] if transitions.settles(after) else []
         return ready
 
+    async def _hush_many(self, jobs: Sequence[Job]) -> set[ObjectId]:
+        """Settle those rescued jobs that have called nothing, which are most of them; their ids."""
+        called = {
+            "chain_id": {"$in": [job.document.get("chain_id") or job.id for job in jobs]},
+            "enqueued.parent_id": {"$in": [job.id for job in jobs]},
+            "consumed.fence": {"$exists": True},
+        }
+        rows = await self._store.queue.find(called, {"enqueued.parent_id": 1}).to_list(None)
+        callers = {row["enqueued"]["parent_id"] for row in rows}
+        quiet = [(job, transitions.settled(job)) for job in jobs if job.id not in callers]
+        return set(await self._store.cas_many(quiet)) if quiet else set()
+
     async def _catch_up(self, job: Job) -> Job:
         """The blocked job after a look at its prerequisites: some may have ended before it was there."""
         if job.state is not State.BLOCKED or job.removed_at is not None:
@@ -375,6 +393,12 @@ class Outbox:
 def _only_moves(job: Job) -> bool:
     """True if nothing but the move to the journal is left to do for a job that has ended."""
     return job.has_ended and not job.outbox and not job.journal and transitions.leaves(job)
+
+
+def _only_hushes(job: Job) -> bool:
+    """True if nothing is left to do but to end what a rescued job has called."""
+    noted = [note["kind"] for note in job.outbox]
+    return noted == ["hush"] and not job.has_ended and not job.removed_at
 
 
 def _journaled(job: Job) -> Document:

@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from datetime import timedelta
 from typing import Literal
 
 from bson import ObjectId
@@ -333,11 +334,8 @@ class JobQueue:
     # ------------------------------------------------------------------ upkeep, by any worker
 
     async def promote(self) -> int:
-        """Make due what has waited long enough."""
+        """Make due what has waited long enough; how many."""
         late = {"query_at": {"$lte": utcnow()}}
-        # Most of the time nothing is: a look costs a server less than two updates that match nothing.
-        if await self.store.queue.find_one(late, {"_id": 1}) is None:
-            return 0
         free = await self.store.queue.update_many(
             {**late, "worker": None}, {"$set": {"due": True}, "$unset": {"query_at": 1}, "$inc": {"rev": 1}}
         )
@@ -345,6 +343,14 @@ class JobQueue:
             {**late, "held": "worker"}, {"$unset": {"query_at": 1}, "$inc": {"rev": 1}}
         )
         return free.modified_count + pinned.modified_count
+
+    async def due_in(self, ahead: float) -> float | None:
+        """Seconds until the first of those that wait for their time is due; None if none will be `ahead`."""
+        soon = {"query_at": {"$lte": utcnow() + timedelta(seconds=ahead)}}
+        found = self.store.queue.find(soon, {"query_at": 1}).sort("query_at", 1).limit(1)
+        for row in await found.to_list(None):
+            return float((row["query_at"] - utcnow()).total_seconds())
+        return None
 
     async def expire(self, limit: int = 200) -> int:
         """End deferred jobs whose window has passed."""
@@ -364,14 +370,17 @@ class JobQueue:
         if not documents:
             return 0
         owners = await alive()
-        rescued = 0
-        for job in readable(documents):
-            if job.lease is None or job.lease.owner not in owners:
-                change = transitions.rescue(job, self._settings.max_crashes, self._settings.max_claims)
-                if job.lease is None:
-                    change = replace(change, move="reclaim")
-                rescued += await self.outbox.cas_and_settle(job, change)
-        return rescued
+        lost = [job for job in readable(documents) if job.lease is None or job.lease.owner not in owners]
+        # A dead worker leaves as many as it had slots, and each of the living meets them in the same moment.
+        wishes = [(job, self._rescue_of(job)) for job in lost]
+        written = await self.store.cas_many(wishes) if len(wishes) > 1 else {}
+        await self.outbox.settle_many(list(written.values()))
+        left = [wish for wish in wishes if wish[0].id not in written]
+        return len(written) + sum([await self.outbox.cas_and_settle(*wish) for wish in left])
+
+    def _rescue_of(self, job: Job) -> Change:
+        change = transitions.rescue(job, self._settings.max_crashes, self._settings.max_claims)
+        return change if job.lease else replace(change, move="reclaim")
 
 
 def _tried(plan: Callable[[Job], Change | None], job: Job) -> Change | None:

@@ -386,7 +386,7 @@ class JobStore:
         result = await table.update_one(where, update)
         if not result.matched_count:
             return None
-        if "slot" in change.unset and seen.document.get("slot"):
+        if _frees(seen, change):
             await self._try_wake_slot(seen.document["slot_key"])
         after = Job.from_document(transitions.applied(seen.document, change, rev), journal=seen.journal)
         return await self.try_tell(after) if change.set.get("audit") else after
@@ -394,12 +394,12 @@ class JobStore:
     async def cas_many(self, wishes: Sequence[tuple[Job, Change]]) -> dict[ObjectId, Job]:
         """`cas` for several jobs in one round trip, each as guarded as alone; those that were written.
 
-        Left out are those that were not, or of which that is not known, or which need more than one update:
-        who asks for them alone then finds out.
+        Left out are those that were not, or of which that is not known, or for whose slot others wait: who
+        asks for them alone then finds out.
         """
         checked = [(seen, _checked(seen, change)) for seen, change in wishes]
         simple = [
-            (seen, change, *_guarded(seen, change)) for seen, change in checked if _is_simple(seen, change)
+            (seen, change, *_guarded(seen, change)) for seen, change in checked if not _frees(seen, change)
         ]
         if not simple:
             return {}
@@ -421,7 +421,7 @@ class JobStore:
                 for seen, change, _, _, rev in simple
                 if _is_written(there.get(seen.id, {}), change, rev)
             }
-        return {job_id: Job.from_document(document) for job_id, document in after.items()}
+        return {job.id: job for job in await self._try_tell_many(map(Job.from_document, after.values()))}
 
     async def held(self, job: Job, lease: Lease, plan: Callable[[Job], Change | None]) -> Job:
         """The same for the holder of a lease, starting from the document it has at hand."""
@@ -476,8 +476,22 @@ class JobStore:
         except PyMongoError as error:
             log.warning("job.untold", extra={"job_id": str(job.id), "error": str(error)[:200]})
             return job
-        told = {name: value for name, value in job.document.items() if name != "audit"}
-        return Job.from_document(told, journal=job.journal)
+        return _told(job)
+
+    async def _try_tell_many(self, written: Iterable[Job]) -> list[Job]:
+        """`try_tell` for those of the jobs of which there is something to tell, in a few round trips."""
+        jobs = list(written)
+        untold = [job for job in jobs if job.document.get("audit")]
+        if not untold:
+            return jobs
+        try:
+            await self.events.complete([line for job in untold for line in audit_of(job.document)])
+            told = [UpdateOne({"_id": job.id, "rev": job.rev}, {"$unset": {"audit": 1}}) for job in untold]
+            await self.queue.bulk_write(told, ordered=False)
+        except PyMongoError as error:
+            log.warning("job.untold", extra={"jobs": len(untold), "error": str(error)[:200]})
+            return jobs
+        return [_told(job) for job in jobs]
 
     # ------------------------------------------------------------------ slots
 
@@ -510,6 +524,12 @@ class JobStore:
             log.warning("job.unwoken", extra={"slot_key": key, "error": str(error)[:200]})
 
 
+def _told(job: Job) -> Job:
+    """The job without the mark that there is something to tell."""
+    document = {name: value for name, value in job.document.items() if name != "audit"}
+    return Job.from_document(document, journal=job.journal)
+
+
 def _checked(seen: Job, change: Change) -> Change:
     """The change as it is written, of a move that there is."""
     change = transitions.signed(change, identifiers.request_id())
@@ -534,10 +554,9 @@ def _guarded(seen: Job, change: Change) -> tuple[Document, Document, int]:
     return where, update, rev
 
 
-def _is_simple(seen: Job, change: Change) -> bool:
-    """True if nothing has to be done after the update: nobody waits for a slot, nothing is to be told."""
-    frees = "slot" in change.unset and seen.document.get("slot")
-    return not seen.journal and not frees and not change.set.get("audit")
+def _frees(seen: Job, change: Change) -> bool:
+    """True if others may wait for the slot that the change gives back."""
+    return "slot" in change.unset and bool(seen.document.get("slot"))
 
 
 def _is_written(document: Mapping[str, Any], change: Change, rev: int) -> bool:

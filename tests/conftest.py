@@ -28,7 +28,7 @@ from tests.helpers import FAST, Stack, quick_folder, running_stack
 if TYPE_CHECKING:
     from tests.rabbit import Rabbit
 
-# Ctrl-C is tested: where whoever runs this ignores it (nohup, a job in the background), so would all it starts.
+# Ctrl-C is tested: where it is ignored (nohup, a job in the background), so would whatever is started here.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 # The tests start hundreds of processes: without this each of them compiles every module again.

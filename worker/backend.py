@@ -63,6 +63,9 @@ class Backend(Protocol):
     def listen(self, callback: Listener) -> Callable[[], None]:
         """Call `callback` for changes that may concern a worker; returns what ends that."""
 
+    def is_live(self) -> bool:
+        """True while whatever can be claimed is told at once."""
+
     async def follow(self) -> None:
         """Read the changes for those that `listen`, until cancelled."""
 

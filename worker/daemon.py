@@ -19,12 +19,13 @@ from typing import Any
 from bson import ObjectId
 
 from core4 import identifiers, signatures
-from core4.attendance import TROUBLE, Contact, jittered
-from core4.changes import Change
+from core4.attendance import TROUBLE, Contact
+from core4.changes import Change, Lookout
 from core4.config import Settings
 from core4.controls import CONTROL, Controls, Stop
 from core4.errors import JobInvalid, LeaseLost
 from core4.functions import SERVES
+from core4.inbox import INBOX
 from core4.jobs import Job, Kind, Owner
 from core4.schedules import SCHEDULE
 from core4.service import ready
@@ -69,8 +70,9 @@ class Worker:
         self._functions = Functions(backend, settings)
         self._started_at: datetime | None = None  # by the database's clock
         self._hostname = socket.gethostname()
-        self._work, self._look, self._launchable = asyncio.Event(), asyncio.Event(), asyncio.Event()
-        self._slots = Slots(settings.slots or len(os.sched_getaffinity(0)) * 2, self._work.set)
+        self._work = Lookout(backend.is_live, settings.poll)
+        self._look, self._launchable = asyncio.Event(), asyncio.Event()
+        self._slots = Slots(settings.slots or len(os.sched_getaffinity(0)) * 2, self._work.hint)
         self._watch = Watch(backend, settings.poll)
         self._loaded = Loaded()
         self._gate = Gate(settings.max_cpu, settings.min_free_ram)
@@ -87,7 +89,8 @@ class Worker:
         self._refusals: Counter[ObjectId] = Counter()
         self._foreign: set[str] = set()  # names that came up and are not known here: not claimed again
         self._returning: set[asyncio.Task[None]] = set()
-        self._control, self._rouse = asyncio.Event(), asyncio.Event()
+        self._control = Lookout(backend.is_live, settings.heartbeat)
+        self._rouse = asyncio.Event()
         self._closing = asyncio.Event()
         self._failure: asyncio.Future[None] | None = None
         self._renewed = time.monotonic()  # when the last renewal that succeeded was sent
@@ -96,7 +99,7 @@ class Worker:
             contact=self._contact,
             controls=lambda: self._controls,
             worker=lambda: self.owner.worker,
-            woken=self._work.set,
+            woken=self._work.hint,
             closing=self._closing,
         )
 
@@ -137,7 +140,7 @@ class Worker:
         """Claim nothing any more, or go on; what runs is not touched. For its own process, in its loop."""
         self._paused = paused
         self._rouse.set()
-        self._work.set()
+        self._work.hint()
 
     def retire(self) -> None:
         """Claim nothing more and end when all that runs has ended, however long that takes."""
@@ -235,7 +238,7 @@ class Worker:
     async def _drain(self, claiming: asyncio.Task[None], stop: asyncio.Event) -> None:
         """Claim nothing more; give running jobs their time, then take them down."""
         self._closing.set()
-        self._work.set()
+        self._work.hint()
         log.info("worker.draining", extra={"running": len(self._executions)})
         await asyncio.wait({claiming}, timeout=LAST_WORDS)
         claiming.cancel()
@@ -302,7 +305,6 @@ class Worker:
             elif owner is self.owner:
                 self._note_contact(sent)
                 self._look.set()
-                self._control.set()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._rouse.wait(), self._settings.heartbeat)
             self._rouse.clear()
@@ -378,16 +380,15 @@ class Worker:
                 execution_of.kill()
 
     async def _obey(self) -> None:
-        """Read what operators hold back whenever it may have changed: with each heartbeat at the latest."""
+        """Read what operators hold back whenever it may have changed; else about as often as it renews."""
         while True:
-            await self._control.wait()
-            self._control.clear()
+            self._control.looking()
             try:
                 await self._read_controls()
             except TROUBLE as error:
                 log.warning("worker.controls_unread", extra={"error": str(error)[:200]})
-                await asyncio.sleep(_FIRST_PAUSE)
-                self._control.set()
+                self._control.expect(_FIRST_PAUSE)
+            await self._control.wait()
 
     async def _read_controls(self) -> None:
         before, self._controls = self._controls, await self._backend.controls(self.owner)
@@ -403,7 +404,7 @@ class Worker:
         )
         if self._chores:
             await self._chores.obey(resumed=bool(set(before.pauses) - set(self._controls.pauses)))
-        self._work.set()
+        self._work.hint()
 
     def _obey_stop(self, told: Stop) -> None:
         if not self._halted.is_set():
@@ -414,13 +415,13 @@ class Worker:
 
     def _on_change(self, change: Change) -> None:
         if change.collection == CONTROL or change.kind == "resync":
-            self._control.set()
-        if change.collection in (CONTROL, SCHEDULE):
+            self._control.hint()
+        if change.collection in (CONTROL, SCHEDULE, INBOX):
             return
         self._watch.hear(change)
         fields = change.fields
         if change.kind == "resync" or fields.get("due") or fields.get("held") == "worker":
-            self._work.set()
+            self._work.hint()
         flagged = fields.get("killed_at") is not None and change.id in self._executions
         if flagged or (change.kind == "resync" and self._executions):
             self._look.set()
@@ -431,7 +432,7 @@ class Worker:
         pause = _FIRST_PAUSE
         while not self._closing.is_set():
             await self._launchable.wait()
-            self._work.clear()
+            self._work.looking()
             try:
                 async with self._holding:
                     claimed = await self._claim_some()
@@ -441,9 +442,9 @@ class Worker:
                 await asyncio.sleep(pause)
                 pause = min(pause * 2, _LAST_PAUSE)
                 continue
-            if not claimed:
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._work.wait(), jittered(self._settings.poll))
+            if claimed:
+                self._work.hint()  # there may be more
+            await self._work.wait()
 
     async def _claim_some(self) -> int:
         free = self._slots.free
@@ -492,7 +493,7 @@ class Worker:
             log.warning("skipped job", extra={"reason": self._gate.reason, "starts": "jobs with force only"})
         else:
             log.info("worker.gate_open")
-            self._work.set()
+            self._work.hint()
 
     def _take(self, job: Job) -> None:
         """Run a claimed job, or give it back."""
@@ -625,7 +626,7 @@ class Worker:
     async def _serve_anew(self) -> None:
         await self._insist(self._publish)
         await self._insist(lambda: self._backend.serve(self.owner, self._served(), self._namespaces))
-        self._work.set()
+        self._work.hint()
 
     async def _keep_launcher(self) -> None:
         """Start another launcher when this one ends; running jobs do not notice."""

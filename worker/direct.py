@@ -20,7 +20,7 @@ from core4.controls import CONTROL, Controls, ControlStore
 from core4.database import Database
 from core4.events import EventStore
 from core4.functions import RESULTS
-from core4.inbox import Inbox
+from core4.inbox import INBOX, Inbox
 from core4.jobs import Job, Owner
 from core4.logs import Line, LogStore
 from core4.queues import JobQueue
@@ -51,7 +51,7 @@ class Direct:
         self._events = EventStore(database)
         self._inbox = Inbox(database)
         self._actions = ActionStore(database)
-        self._feed = ChangeFeed(database, [QUEUE, SCHEDULE, CONTROL])
+        self._feed = ChangeFeed(database, [QUEUE, SCHEDULE, CONTROL, INBOX])
         self._start = Together(self._queue.start_many, TOGETHER)
         self._finish = Together(self._queue.finish_many, TOGETHER)
         self._append = Together(self._append_many, TOGETHER)
@@ -83,6 +83,9 @@ class Direct:
 
     def listen(self, callback: Listener) -> Callable[[], None]:
         return self._feed.listen(callback)
+
+    def is_live(self) -> bool:
+        return self._feed.live
 
     async def follow(self) -> None:
         await self._feed.run()

@@ -20,6 +20,7 @@ from pymongo.errors import PyMongoError
 from core4 import messages
 from core4.brokers import Broker, Delivery, connector
 from core4.catalogue import Catalogue
+from core4.changes import Change, never
 from core4.config import Settings
 from core4.database import Database
 from core4.errors import (
@@ -54,10 +55,16 @@ _TROUBLE = (PyMongoError, Unavailable, BrokerLost, TimeoutError, OSError)
 class Ingest:
     """Takes messages for the namespaces of a worker until it is stopped."""
 
-    def __init__(self, database: Database, settings: Settings, queue: JobQueue) -> None:
+    def __init__(
+        self,
+        database: Database,
+        settings: Settings,
+        queue: JobQueue,
+        live: Callable[[], bool] = never,
+    ) -> None:
         self._database, self._settings, self._queue = database, settings, queue
         self._catalogue, self._users = Catalogue(database), UserStore(database, settings)
-        self._inbox = Inbox(database, poll=settings.poll, prefetch=settings.broker_prefetch)
+        self._inbox = Inbox(database, poll=settings.poll, prefetch=settings.broker_prefetch, live=live)
         # Since when a name has been looked for in vain. Beyond that time it is refused at once: messages of
         # an unknown name must not keep the others of their queue waiting one by one.
         self._unknown: dict[str, float] = {}
@@ -68,6 +75,11 @@ class Ingest:
     async def prepare(self) -> None:
         """Make the indexes that are missing."""
         await self._inbox.prepare()
+
+    def hear(self, change: Change) -> None:
+        """A hint that something may be in the inbox; an update or a delete only tells that it is settled."""
+        if change.kind in ("insert", "resync"):
+            self._inbox.hint()
 
     async def run(self, stop: asyncio.Event) -> None:
         """Work until `stop` is set; outlives outages of the database and of the broker."""

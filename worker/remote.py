@@ -183,6 +183,9 @@ class Remote:
         self._listeners.add(callback)
         return lambda: self._listeners.discard(callback)
 
+    def is_live(self) -> bool:
+        return False
+
     async def follow(self) -> None:
         while True:
             try:

@@ -16,7 +16,7 @@ from pymongo.errors import ConnectionFailure, PyMongoError
 
 from core4 import schedules
 from core4.catalogue import Catalogue
-from core4.changes import Change
+from core4.changes import Change, Lookout, never
 from core4.config import Settings
 from core4.controls import Controls
 from core4.database import Database
@@ -46,8 +46,8 @@ class ServerClock:
         return server + timedelta(seconds=time.monotonic() - measured)
 
 
-async def never() -> bool:
-    """The scheduler is not paused."""
+async def unpaused() -> bool:
+    """`paused` of a scheduler that nobody pauses."""
     return False
 
 
@@ -60,6 +60,7 @@ class Scheduler:
             makes up for it as for a downtime.
         held: whether the jobs of this name are paused; the same for their schedules.
         poll: longest sleep in seconds: a changed schedule is seen after this time unless `wake` is called.
+        live: whether `wake` is called for all changes just now; then it may sleep longer.
     """
 
     def __init__(
@@ -69,9 +70,10 @@ class Scheduler:
         catalogue: Catalogue,
         clock: Clock,
         *,
-        paused: Callable[[], Awaitable[bool]] = never,
+        paused: Callable[[], Awaitable[bool]] = unpaused,
         held: Callable[[str], bool] = lambda name: False,
         poll: float = 1.0,
+        live: Callable[[], bool] = never,
     ) -> None:
         self._schedules = schedules
         self._queue = queue
@@ -80,12 +82,17 @@ class Scheduler:
         self._paused = paused
         self._held = held
         self._poll = poll
-        self._woken = asyncio.Event()
+        self._lookout = Lookout(live, poll)
         self._broken: dict[str, int] = {}
 
     @classmethod
     def of_worker(
-        cls, database: Database, settings: Settings, queue: JobQueue, controls: Callable[[], Controls]
+        cls,
+        database: Database,
+        settings: Settings,
+        queue: JobQueue,
+        controls: Callable[[], Controls],
+        live: Callable[[], bool] = never,
     ) -> Scheduler:
         """The scheduler that a worker runs beside its jobs; `controls` tells what operators hold back."""
 
@@ -96,7 +103,16 @@ class Scheduler:
             return controls().of_name(name) is not None
 
         store, clock = ScheduleStore(database), ServerClock(database)
-        return cls(store, queue, Catalogue(database), clock, paused=paused, held=held, poll=settings.poll)
+        return cls(
+            store,
+            queue,
+            Catalogue(database),
+            clock,
+            paused=paused,
+            held=held,
+            poll=settings.poll,
+            live=live,
+        )
 
     def hear(self, change: Change) -> None:
         """A hint that the schedules have changed; an update only tells that one has fired."""
@@ -105,33 +121,33 @@ class Scheduler:
 
     def wake(self) -> None:
         """Something has changed: look now."""
-        self._woken.set()
+        self._lookout.hint()
 
     async def run(self, stop: asyncio.Event) -> None:
         """Work until `stop` is set; outlives outages of the database."""
         stopped = asyncio.ensure_future(stop.wait())
         try:
             while not stop.is_set():
-                wait = await self._step_and_wait()
-                woken = asyncio.ensure_future(self._woken.wait())
-                await asyncio.wait({stopped, woken}, timeout=wait, return_when=asyncio.FIRST_COMPLETED)
+                self._lookout.looking()
+                await self._step_and_expect()
+                woken = asyncio.ensure_future(self._lookout.wait())
+                await asyncio.wait({stopped, woken}, return_when=asyncio.FIRST_COMPLETED)
                 woken.cancel()
-                self._woken.clear()
         finally:
             stopped.cancel()
 
-    async def _step_and_wait(self) -> float:
-        """One step; how many seconds to sleep after it."""
+    async def _step_and_expect(self) -> None:
+        """One step; when it has to be followed by another is known to the lookout."""
         try:
             due = await self.step()
-            if due is None:
-                return self._poll
-            return min(max((due - await self._clock()).total_seconds(), 0.0), self._poll)
+            if due is not None:
+                self._lookout.expect((due - await self._clock()).total_seconds())
+            return
         except (PyMongoError, Unavailable) as error:
             log.warning("scheduler.interrupted", extra={"error": str(error)[:200]})
         except Exception:
             log.exception("scheduler.failed")  # the next step may see what to do; the daemon goes on
-        return self._poll
+        self._lookout.expect(self._poll)
 
     async def step(self) -> datetime | None:
         """Do what is due now; the next instant of any schedule, None if there is none.

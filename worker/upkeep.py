@@ -15,6 +15,7 @@ from core4.changes import Change, ChangeFeed
 from core4.config import Settings
 from core4.controls import Controls
 from core4.database import Database
+from core4.inbox import INBOX
 from core4.queues import JobQueue
 from core4.schedules import SCHEDULE
 from core4.worker.cleaner import Cleaner
@@ -41,15 +42,18 @@ class Upkeep:
     ) -> None:
         self._database, self._settings, self._queue, self._feed = database, settings, queue, feed
         self._controls, self._closing = controls, closing
-        self._attendance = Attendance(database, settings, queue, contact=contact, name=worker, woken=woken)
-        self._scheduler = Scheduler.of_worker(database, settings, queue, controls)
-        self._ingest = Ingest(database, settings, queue)
+        self._attendance = Attendance(
+            database, settings, queue, contact=contact, name=worker, woken=woken, live=self._is_live
+        )
+        self._scheduler = Scheduler.of_worker(database, settings, queue, controls, self._is_live)
+        self._ingest = Ingest(database, settings, queue, self._is_live)
         self._cleaner = Cleaner(database, settings, queue)
 
     def parts(self) -> list[Coroutine[Any, Any, None]]:
+        self._feed.listen(self._hear)
         parts = [self._attendance.run(), self._attendance.count(), self._cleaner.run()]
         if self._settings.scheduler:
-            parts.append(self._schedule())
+            parts.append(self._scheduler.run(self._closing))
         if self._settings.ingest:
             parts.append(self._ingest.run(self._closing))
             if self._settings.broker_url:
@@ -62,13 +66,12 @@ class Upkeep:
             # Whoever parked a job of a name that was resumed meanwhile puts it back, too.
             await self._queue.claims.unpark(self._controls())
 
-    async def _schedule(self) -> None:
-        unlisten = self._feed.listen(self._on_change)
-        try:
-            await self._scheduler.run(self._closing)
-        finally:
-            unlisten()
+    def _is_live(self) -> bool:
+        return self._feed.live
 
-    def _on_change(self, change: Change) -> None:
-        if change.collection == SCHEDULE:
+    def _hear(self, change: Change) -> None:
+        self._attendance.hear(change)
+        if change.collection in (SCHEDULE, ""):
             self._scheduler.hear(change)
+        if change.collection in (INBOX, ""):
+            self._ingest.hear(change)

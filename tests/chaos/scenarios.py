@@ -358,6 +358,7 @@ scenario(
 )
 scenario("rescue-claimed", rescue, after(claimed(), bury_self))
 scenario("rescue-started", rescue, after(started(), bury_self))
+scenario("rescue-several", rescue, after(several_started, bury_self))
 scenario("rescue-poison", rescue, after(started(), due_at_once(crashes=2), bury_self))
 scenario("rescue-killing", rescue, after(started(), kill, restart, bury_self))
 scenario(
