@@ -146,7 +146,7 @@ async def _attend(app: web.Application) -> AsyncIterator[None]:
         live=lambda: app[FEED].live,
     )
     app[FEED].listen(attendance.hear)
-    parts = (attendance.run(), attendance.keep_contact(), attendance.count())
+    parts = (*attendance.parts(), attendance.keep_contact())
     tasks = [asyncio.create_task(part, name="attendance") for part in parts]
     yield
     for task in tasks:

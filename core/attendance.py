@@ -10,7 +10,8 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 from pymongo.errors import PyMongoError
 
@@ -71,11 +72,9 @@ class Attendance:
         self._events = EventStore(database)
         self._lookout = Lookout(live, settings.poll)
 
-    async def run(self) -> None:
-        """Do all of it now and then, until cancelled; survives outages of the database."""
-        async with asyncio.TaskGroup() as parts:
-            parts.create_task(self._wake())
-            parts.create_task(self._look_after())
+    def parts(self) -> list[Coroutine[Any, Any, None]]:
+        """All of it, each to be run until cancelled; they survive outages of the database."""
+        return [self._wake(), self._look_after(), self._count()]
 
     def hear(self, change: Change) -> None:
         """A change that may say that something will be due, and when."""
@@ -153,7 +152,7 @@ class Attendance:
                 self._contact.lost()
             await asyncio.sleep(self._settings.heartbeat)
 
-    async def count(self) -> None:
+    async def _count(self) -> None:
         """Count the jobs by state now and then; one of all does it each time."""
         every = self._settings.count_every
         while True:

@@ -51,7 +51,7 @@ class Upkeep:
 
     def parts(self) -> list[Coroutine[Any, Any, None]]:
         self._feed.listen(self._hear)
-        parts = [self._attendance.run(), self._attendance.count(), self._cleaner.run()]
+        parts = [*self._attendance.parts(), self._cleaner.run()]
         if self._settings.scheduler:
             parts.append(self._scheduler.run(self._closing))
         if self._settings.ingest:

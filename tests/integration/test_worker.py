@@ -885,14 +885,14 @@ async def test_a_job_that_stops_its_keeper_can_be_killed(house: House, tmp_path:
 async def test_an_error_in_a_part_of_the_worker_stops_it_and_gives_its_jobs_back(
     house: House, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def broken(self: JobQueue) -> int:
+    async def broken(self: JobQueue, ahead: float) -> float | None:
         raise RuntimeError("a mistake of ours")
 
     async with house.worker() as running:
         running.must_succeed = False
         job_id = await house.enqueue("ignore_term", pidfile=str(tmp_path / "pid"))
         pid = await written(tmp_path / "pid")
-        monkeypatch.setattr(JobQueue, "promote", broken)
+        monkeypatch.setattr(JobQueue, "due_in", broken)
         with pytest.raises(RuntimeError, match="a mistake of ours"):
             await running.task
 
