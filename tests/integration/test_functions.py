@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import json
 import os
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,7 @@ import pytest_asyncio
 import requests
 from bson import ObjectId
 
+from core4 import callers, client
 from core4.actions import ACTION
 from core4.api.keys import SEATS
 from core4.callers import Functions, Job
@@ -110,7 +112,7 @@ async def test_basic(site: Site) -> None:
     def script(functions: Functions) -> None:
         before = time.time()
         job = functions.schedule(shipped.addition, a=1, b=2)
-        assert job.state == "NEW"
+        assert (job.state, job.category, job.timeout, job.running) == ("NEW", "", 0, False)
         assert functions.scheduled_ids == [job.id]
         assert functions.results() == [3]
         job.load()
@@ -164,7 +166,7 @@ async def test_the_causes_of_an_error(site: Site) -> None:
         wrong = functions.schedule(shipped.divide, a=1)
         left = functions.schedule(shipped.exits)
         fine = functions.schedule(shipped.addition, a=1, b=1, timeout=0)
-        eventually(lambda: halted.load().state == "RUNNING")
+        eventually(lambda: halted.load().running)
         halted.kill()
         jobs = functions.wait([late, crash, halted, wrong, left, fine], die=False)
 
@@ -286,6 +288,7 @@ async def test_many_are_waited_for(site: Site) -> None:
 @pytest.mark.row("M21", "M22", "M23")
 async def test_dependencies(site: Site) -> None:
     """Upstream's test 9: results of others, and what fails with them."""
+    gate = site.file()
 
     def script(functions: Functions) -> Job:
         first = functions.schedule(shipped.addition, a=1, b=2)
@@ -308,6 +311,15 @@ async def test_dependencies(site: Site) -> None:
         assert [waiting.time_start, last.time_start] == [0.0, 0.0]
         with pytest.raises(ApiError, match="not found"):
             functions.schedule(shipped.has_no_context, dependencies=["0" * 24])
+
+        open_ = functions.schedule(shipped.waits_for, path=str(gate))
+        doomed = functions.schedule(shipped.sums_up, dependencies=[open_, bad])
+        (doomed,) = functions.wait([doomed], die=False)
+        assert doomed.error["dependency_failure"] == bad.id
+        assert open_.load().state in ("NEW", "RUNNING"), "the failure of one is enough"
+        gate.touch()
+        assert open_.wait()
+        assert doomed.load().state == "ERROR", "it stays so, whatever the other comes to"
         return third
 
     assert "adding j" in " ".join(await site.log_of(await site.do(script)))
@@ -399,6 +411,60 @@ async def test_the_limit_of_a_wait_is_its_own(site: Site) -> None:
         assert job.result == "OK"
 
     await site.do(script)
+
+
+@pytest.mark.row("M17")
+async def test_the_limit_of_a_job_counts_from_its_start(site: Site) -> None:
+    """It may wait for longer than it may run."""
+    end = site.file()
+
+    def script(functions: Functions) -> None:
+        first = functions.schedule(shipped.waits_for, path=str(end))
+        job = functions.schedule(shipped.addition, dependencies=[first], timeout=3, a=1, b=2)
+        eventually(lambda: time.time() > job.time_created + job.timeout + 1)
+        assert job.load().state == "NEW"
+        end.touch()
+        assert functions.results([job]) == [3]
+
+    await site.do(script)
+
+
+@pytest.mark.row("M5")
+async def test_a_wait_is_one_request(site: Site) -> None:
+    """The API answers it when the job has ended; nobody asks again and again."""
+    end = site.file()
+
+    def looks() -> float:
+        lines = requests.get(f"{site.api.root}/metrics", auth=ANN, timeout=60).text.splitlines()
+        rows = [line for line in lines if line.startswith("core4_http_requests_total")]
+        return sum(float(row.split()[-1]) for row in rows if "/function/job" in row)
+
+    def script(functions: Functions) -> None:
+        job = functions.schedule(shipped.waits_for, path=str(end))
+        eventually(lambda: job.load().running)
+        before = looks()
+        threading.Timer(2, end.touch).start()
+        assert job.wait(timeout=15)
+        assert (job.result, looks() - before) == ("OK", 1)
+
+    await site.do(script)
+
+
+@pytest.mark.row("M1", "M12")
+async def test_without_an_object(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The functions of `core4.client`, with client and key from the environment."""
+    given = {"URL": site.api.root, "USER": ANN[0], "PASSWORD": ANN[1], "FUNCTION_KEY": KEY}
+    for name, value in given.items():
+        monkeypatch.setenv(f"CORE4_{name}", value)
+    monkeypatch.setattr(callers, "_here", None)
+
+    def script() -> None:
+        jobs = [client.schedule(shipped.addition, a=n, b=1) for n in range(2)]
+        assert [job.state for job in client.wait(jobs)] == ["OK", "OK"]
+        assert client.results() == [1, 2]
+        callers._functions().close()
+
+    await asyncio.to_thread(script)
 
 
 @pytest.mark.row("M9")
