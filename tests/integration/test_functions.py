@@ -24,7 +24,7 @@ from core4.actions import ACTION
 from core4.api.keys import SEATS
 from core4.callers import Functions, Job
 from core4.callers_async import AsyncFunctions, AsyncJob
-from core4.client import ApiError, Client
+from core4.client import ApiError, Client, QueueTimeout
 from core4.config import DEBUG, Settings
 from core4.database import Database
 from core4.errors import BadArguments, FreeName, SourceRefused
@@ -273,6 +273,7 @@ async def test_many_are_waited_for(site: Site) -> None:
         assert all(job.state == "OK" for job in jobs)
         assert functions.results() == functions.results(jobs) == [2 * n for n in range(10)]
         assert functions.results([jobs[3].id, jobs[1]]) == [6, 2]
+        assert functions.results(job for job in jobs[:2]) == [0, 2]
         assert functions.check_all() is True
         bad = functions.schedule(shipped.divide, a=1)
         with pytest.raises(JobFailed) as raised:
@@ -787,25 +788,83 @@ async def test_from_asyncio(site: Site) -> None:
         assert unknown.value.status == 404
 
 
+@pytest.mark.row("M41", "M42")
+async def test_queues_and_handles_from_asyncio(site: Site) -> None:
+    """Return queues, all at a look, once more and collected: as in the blocking client."""
+    queues = ["functions.async.one", "functions.async.two"]
+    async with AsyncFunctions(site.api.root, ANN, key=KEY) as functions:
+        for number in range(3):
+            await functions.schedule(shipped.numbered, return_queues=queues, number=number)
+        jobs = await functions.wait_queues(queues, 3)
+        assert {job.id for job in jobs} == set(functions.scheduled_ids)
+        assert await functions.check_all() is True
+        with pytest.raises(QueueTimeout) as late:
+            await functions.wait_queue(queues[0], timeout=0.1)
+        assert late.value.records == []
+
+        again = await jobs[0].start()
+        assert again.id != jobs[0].id
+        assert await functions.results([again], return_queues=queues) == [jobs[0].result]
+        assert await (await functions.get(again.id)).collect() == jobs[0].result
+        assert (await again.load()).state == "DONE"
+        await functions.schedule(shipped.divide, return_queues=queues[:1], a=1)
+        with pytest.raises(JobFailed):
+            await functions.wait_queue(queues[0])
+        with pytest.raises(JobFailed):
+            await functions.check_all()
+
+
 @pytest.mark.row("M42")
 async def test_ends_go_to_return_queues(site: Site) -> None:
-    """Upstream's test 10, and a failing one, which is told as well."""
+    """Upstream's test 10: ten through two queues, in the order of their ends; what was left there is not."""
 
     def script(functions: Functions) -> None:
         queues = ["functions.one", "functions.two"]
-        for number in range(5):
+
+        def left() -> list[int]:
+            return [len(functions.client.show_queue(queue)) for queue in queues]
+
+        functions.schedule(shipped.numbered, return_queues=queues, number=-1)
+        eventually(lambda: left() == [1, 1], what="somebody has left something there")
+        functions.scheduled_ids.clear()
+        for number in range(10):
             functions.schedule(
                 shipped.numbered,
                 return_queues=queues,
                 return_queues_reset=queues if number == 0 else None,
                 number=number,
             )
-        jobs = functions.wait_queues(queues, 5)
+        jobs = functions.wait_queues(queues, 10)
         assert {job.id for job in jobs} == set(functions.scheduled_ids)
-        assert {job.result for job in jobs} == {"0", "1", "2", "3", "4"}
+        assert {job.result for job in jobs} == {str(number) for number in range(10)}
         assert jobs[0].return_queues == queues
-        bad = functions.schedule(shipped.divide, return_queues=queues[:1], a=1)
-        assert functions.wait_queue(queues[0], die=False).id == bad.id
+        assert left() == [0, 0]
+
+        again = [job.start() for job in jobs[:2]]
+        found = functions.results(again, return_queues=queues)
+        assert (sorted(found), left()) == (sorted(job.result for job in jobs[:2]), [0, 0])
+        assert functions.results([], return_queues=queues) == []
+        with pytest.raises(QueueTimeout, match="0 of 2 records"):
+            functions.results(again, return_queues=queues, timeout=0.1)
+
+    await site.do(script)
+
+
+@pytest.mark.row("M42", "M22")
+async def test_failures_go_to_return_queues(site: Site) -> None:
+    """One that failed and one that never ran for that are told as well."""
+
+    def script(functions: Functions) -> None:
+        queue = "functions.bad"
+        bad = functions.schedule(shipped.divide, return_queues=[queue], a=1)
+        after = functions.schedule(shipped.addition, return_queues=[queue], dependencies=[bad], a=1, b=1)
+        told = functions.wait_queues([queue], 2, die=False)
+        assert [job.id for job in told] == [bad.id, after.id]
+        assert told[1].error["dependency_failure"] == bad.id
+
+        functions.schedule(shipped.divide, return_queues=[queue], a=1)
+        with pytest.raises(JobFailed):
+            functions.wait_queue(queue)
 
     await site.do(script)
 
