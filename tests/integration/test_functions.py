@@ -181,7 +181,7 @@ async def test_the_causes_of_an_error(site: Site) -> None:
 
 @pytest.mark.row("M10", "M14", "M16")
 async def test_states_are_seen_by_queries(site: Site) -> None:
-    """Upstream's test 3, and each state in its turn: NEW, RUNNING, OK, DONE."""
+    """Upstream's test 3, and each state in its turn: NEW, RUNNING, OK or ERROR, DONE."""
     gate, end = site.file(), site.file()
 
     def script(functions: Functions) -> None:
@@ -194,13 +194,16 @@ async def test_states_are_seen_by_queries(site: Site) -> None:
             for _ in range(6)
         ]
         functions.schedule(shipped.addition, category="other", a=1, b=1)
-        assert [job.time_start for job in functions.find(category="data", state="NEW")] == [0.0] * 6
+        bad = functions.schedule(shipped.divide, category="data", dependencies=[jobs[0]], a=1)
+        assert [job.time_start for job in functions.find(category="data", state="NEW")] == [0.0] * 7
         assert (count("RUNNING"), count("OK")) == (0, 0)
         gate.touch()
-        eventually(lambda: (count("NEW"), count("RUNNING")) == (2, 4))  # it has four slots
+        eventually(lambda: (count("NEW"), count("RUNNING")) == (3, 4))  # it has four slots
         end.touch()
         assert functions.results(jobs) == ["OK"] * 6
-        assert (count("NEW"), count("OK"), count("DONE")) == (0, 6, 0)
+        assert bad.wait(die=False)
+        counts = {state: count(state) for state in ("NEW", "RUNNING", "OK", "ERROR", "DONE")}
+        assert counts == {"NEW": 0, "RUNNING": 0, "OK": 6, "ERROR": 1, "DONE": 0}
 
         assert jobs[0].collect() == "OK"
         assert (jobs[0].state, jobs[0].ended, jobs[0].result) == ("DONE", True, None)
