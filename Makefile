@@ -20,7 +20,7 @@ unexport PYTHONDONTWRITEBYTECODE
 SEED ?=
 CHAOS = $(RUN) -m tests.chaos.run --json reports/chaos.jsonl $(if $(SEED),--seed $(SEED))
 
-.PHONY: help demo up test seed check format docs rows bench chaos chaos-long planted build clean
+.PHONY: help demo up test seed crowd check format docs rows bench chaos chaos-long planted build clean
 .DELETE_ON_ERROR:
 
 help:  ## show this list
@@ -37,6 +37,10 @@ test: $(VENV)/.test  ## install what the tests need and run all of them
 
 seed: $(VENV)/.test  ## the job API document with the minutes of sleep that it says
 	CORE4_TEST_SEED_FULL=1 $(RUN) -m pytest tests/acceptance/test_seed.py -k verbatim $(ARGS)
+
+crowd: $(VENV)/.test  ## 1,000 functions of four clients, and pools of ten workers (minutes)
+	CORE4_TEST_FUNCTIONS=1000 CORE4_TEST_POOL=10 $(RUN) -m pytest tests/integration/test_functions.py \
+	  tests/integration/test_function_pools.py tests/integration/test_pool.py -k "many_from_many or pool" $(ARGS)
 
 check: $(VENV)/.dev  ## format, lint and types
 	$(BIN)/ruff format --check .

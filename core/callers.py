@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from core4 import handles
-from core4.client import ApiError, Client
+from core4.client import ApiError, Client, Unreachable
 from core4.handles import DEFAULT_WAIT, Document, Key, Pause, Record, Request, Steps
 
 T = TypeVar("T")
@@ -181,11 +181,23 @@ class Functions:
         ids: Iterable[Record | str] | None = None,
         timeout: float | None = DEFAULT_WAIT,
         die: bool | None = None,
+        *,
+        return_queues: Sequence[str] | None = None,
     ) -> list[Any]:
-        """Wait as `wait` does; what the jobs returned, in the same order. `[]` for an empty list."""
-        if ids is not None and not handles.ids_of(ids):
+        """Wait as `wait` does; what the jobs returned, in the same order. `[]` for an empty list.
+
+        Args:
+            return_queues: wait for as many records in each of these instead; then in the order of their ends.
+        """
+        given = list(self.scheduled_ids if ids is None else ids)
+        if ids is not None and not given:
             return []
-        return [job.result for job in self.wait(ids, timeout, die)]
+        if return_queues:
+            size = len(handles.ids_of(given))
+            jobs = self.wait_queues(return_queues, size, handles.limit(timeout), die)
+        else:
+            jobs = self.wait(given, timeout, die)
+        return [job.result for job in jobs]
 
     def wait_queues(
         self,
@@ -198,8 +210,7 @@ class Functions:
 
         Raises: QueueTimeout; JobFailed if one of them failed, unless `die` is false.
         """
-        records = self.client.wait_queues(queue_names, size, timeout)
-        jobs = self._jobs([str(record["job_id"]) for record in records])
+        jobs = self._jobs(self._do(handles.pulled(queue_names, size, timeout)))
         handles.judge(jobs, timeout=timeout, die=die)
         return jobs
 
@@ -275,7 +286,7 @@ class Functions:
             return steps.send({})
         try:
             reply = self.client._call(request.method, request.path, request.body)
-        except ApiError as error:
+        except (ApiError, Unreachable) as error:
             return steps.throw(error)
         return steps.send(reply)
 

@@ -49,10 +49,22 @@ class AsyncJob(Record):
         await self._functions.look([self], timeout=handles.limit(timeout))
         return handles.judge([self], timeout=timeout, die=die)
 
+    async def start(self) -> AsyncJob:
+        """Run it once more, with the same arguments: a new job, if this one has ended."""
+        reply = await self._functions.call(Request("PUT", f"job/restart/{self.id}", {"follow": False}))
+        child = str(reply["data"])
+        return self if child == self.id else await self._functions.get(child)
+
     async def kill(self) -> None:
         """End it, whether it waits or runs; it is in ERROR then, HALTED."""
         await self._functions.call(Request("PUT", f"job/kill/{self.id}"))
         await self.load()
+
+    async def collect(self) -> Any:
+        """Its result, which is then collected, as `core4.callers.Job.collect`. Raises: ApiError."""
+        reply = await self._functions.call(Request("POST", "job/pull/result", {"job_id": self.id}))
+        await self.load()
+        return reply["data"]["result"]
 
 
 class AsyncFunctions:
@@ -140,8 +152,7 @@ class AsyncFunctions:
     ) -> list[AsyncJob]:
         """Wait for several jobs, as `core4.callers.Functions.wait`. Raises: JobFailed, WaitTimeout."""
         given = list(self.scheduled_ids if ids is None else ids)
-        rows = await self._do(handles.looked_at(handles.wanted(given), handles.limit(timeout)))
-        jobs = [AsyncJob(self, row) for row in rows]
+        jobs = await self._jobs(handles.wanted(given), handles.limit(timeout))
         handles.refresh(given, jobs)
         handles.judge(jobs, timeout=timeout, die=die)
         return jobs
@@ -151,14 +162,51 @@ class AsyncFunctions:
         ids: Iterable[Record | str] | None = None,
         timeout: float | None = DEFAULT_WAIT,
         die: bool | None = None,
+        *,
+        return_queues: Sequence[str] | None = None,
     ) -> list[Any]:
-        """Wait as `wait` does; what the jobs returned, in the same order. `[]` for an empty list."""
-        given = None if ids is None else list(ids)
-        return [] if given == [] else [job.result for job in await self.wait(given, timeout, die)]
+        """Wait as `wait` does; what the jobs returned, as `core4.callers.Functions.results`."""
+        given = list(self.scheduled_ids if ids is None else ids)
+        if ids is not None and not given:
+            return []
+        if return_queues:
+            size = len(handles.ids_of(given))
+            jobs = await self.wait_queues(return_queues, size, handles.limit(timeout), die)
+        else:
+            jobs = await self.wait(given, timeout, die)
+        return [job.result for job in jobs]
+
+    async def wait_queues(
+        self,
+        queue_names: Sequence[str],
+        size: int,
+        timeout: float = 120.0,
+        die: bool | None = None,
+    ) -> list[AsyncJob]:
+        """Wait for return queues, as `core4.callers.Functions.wait_queues`.
+
+        Raises: QueueTimeout; JobFailed.
+        """
+        ids = await self._do(handles.pulled(queue_names, size, timeout))
+        jobs = await self._jobs(ids)
+        handles.judge(jobs, timeout=timeout, die=die)
+        return jobs
+
+    async def wait_queue(
+        self, queue_name: str, size: int = 1, timeout: float = 120.0, die: bool | None = None
+    ) -> AsyncJob:
+        """As `wait_queues` for one queue; the first of the jobs."""
+        return (await self.wait_queues([queue_name], size, timeout, die))[0]
+
+    async def check_all(self, die: bool | None = None) -> bool:
+        """One look at all that were scheduled here: True if none is open. Raises: JobFailed."""
+        jobs = await self._jobs(handles.ids_of(self.scheduled_ids))
+        ended = [job for job in jobs if job.ended]
+        return handles.judge(ended, timeout=None, die=die) and len(ended) == len(jobs)
 
     async def get(self, job_id: str) -> AsyncJob:
         """The job of this id."""
-        return AsyncJob(self, (await self._do(handles.looked_at([job_id])))[0])
+        return (await self._jobs([job_id]))[0]
 
     async def find(
         self,
@@ -170,8 +218,7 @@ class AsyncFunctions:
     ) -> list[AsyncJob]:
         """Jobs by name, category, state in myjobs' words or function, newest first."""
         query = handles.query(name=name, category=category, state=state, method=method)
-        ids = await self._do(handles.found(query))
-        return [AsyncJob(self, row) for row in await self._do(handles.looked_at(ids))]
+        return await self._jobs(await self._do(handles.found(query)))
 
     async def look(self, jobs: Sequence[AsyncJob], *, timeout: float = 0.0) -> None:
         """Look at jobs again, when they have ended or `timeout` seconds have passed."""
@@ -179,13 +226,16 @@ class AsyncFunctions:
         for job, row in zip(jobs, rows, strict=True):
             job.update(row)
 
+    async def _jobs(self, ids: Sequence[str], timeout: float = 0.0) -> list[AsyncJob]:
+        return [AsyncJob(self, row) for row in await self._do(handles.looked_at(ids, timeout))]
+
     async def _do(self, steps: Steps[T]) -> T:
         try:
             request = next(steps)
             while True:
                 try:
                     reply = await self._answer(request)
-                except ApiError as error:
+                except (ApiError, Unreachable) as error:
                     request = steps.throw(error)
                 else:
                     request = steps.send(reply)

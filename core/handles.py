@@ -10,6 +10,7 @@ import inspect
 import math
 import os
 import time
+import uuid
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
@@ -17,7 +18,7 @@ from typing import Any, TypeVar
 from urllib.parse import quote
 
 from core4 import sources
-from core4.client import ApiError, ClientError
+from core4.client import FIRST_RETRY, MOST_RECORDS, ApiError, ClientError, QueueTimeout, Unreachable
 from core4.errors import SourceRefused
 from core4.sources import Source
 
@@ -330,6 +331,40 @@ def looked_at(ids: Sequence[str], timeout: float = 0.0) -> Steps[list[Document]]
 
 def _has_ended(row: Document) -> bool:
     return row["state"] in ENDED
+
+
+def pulled(queues: Sequence[str], size: int, timeout: float) -> Steps[list[str]]:
+    """The ids of the jobs in the last of these return queues, when each has had `size`; taken out of all.
+
+    Raises: QueueTimeout.
+    """
+    deadline = time.monotonic() + timeout
+    records: list[Document] = []
+    for queue in queues:
+        records = yield from _records(queue, size, deadline)
+    return [str(record["job_id"]) for record in records]
+
+
+def _records(queue: str, size: int, deadline: float) -> Steps[list[Document]]:
+    found: list[Document] = []
+    token = uuid.uuid4().hex  # with it an answer that got lost is given again
+    while len(found) < size:
+        left = max(deadline - time.monotonic(), 0.0)
+        want = min(size - len(found), MOST_RECORDS)
+        body = {"size": want, "least": want, "timeout": min(left, POLL), "token": token}
+        try:
+            reply = yield Request("POST", f"return/pull/{quote(queue, safe='')}", body)
+        except (ApiError, Unreachable) as error:
+            pause = error.retry_after if isinstance(error, ApiError) else FIRST_RETRY
+            if pause is None or not left:
+                raise
+            yield Pause(min(pause, left))
+            continue
+        if reply["data"]:
+            found, token = [*found, *reply["data"]], uuid.uuid4().hex
+        elif not left:
+            raise QueueTimeout(queue, size, found)
+    return found
 
 
 def found(query: Mapping[str, Any]) -> Steps[list[str]]:

@@ -30,7 +30,7 @@ async def run_claimers(url: str, database: str, number: int) -> list[tuple[str, 
     return [(line.split()[0], line.split()[1]) for line in out.decode().splitlines()]
 
 
-@pytest.mark.row("S37")
+@pytest.mark.row("S37", "M38")
 @pytest.mark.timeout(400)
 async def test_each_of_500_jobs_is_claimed_once(
     mongo_url: str, database: SmallDatabase, queue: JobQueue

@@ -109,17 +109,21 @@ async def test_functions_that_wait_for_workers_in_windows(desk: Desk, registry: 
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.row("M30", "M12")
+@pytest.mark.row("M30", "M12", "M38")
 async def test_functions_before_the_pool_and_after_it(desk: Desk, registry: WorkerRegistry) -> None:
     """Scenarios 4 and 5: ten wait and the pool comes; then twenty slow ones come, and it grows to its most.
 
-    When they have ended it is as small as it may be, and its supervisor lives.
+    When they have ended it is as small as it may be, and its supervisor lives. Each has run once.
     """
+    counter = desk.file("counter")
     early = await desk.do(
-        lambda functions: [functions.schedule(shipped.addition, a=n, b=1).id for n in range(10)]
+        lambda functions: [
+            functions.schedule(shipped.counted, path=str(counter), number=n).id for n in range(10)
+        ]
     )
     pool = workers.workers_subprocess_start(minimum=1, maximum=POOL, **desk.workers)
-    assert await desk.do(partial(results_of, early)) == [n + 1 for n in range(10)]
+    assert await desk.do(partial(results_of, early)) == list(range(10))
+    assert sorted(map(int, counter.read_text().split())) == list(range(10))
 
     gate = desk.file("gate")
     slow = await desk.do(lambda functions: [job.id for job in waiting(functions, gate, 20)])

@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import json
 import os
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -18,11 +19,12 @@ import pytest_asyncio
 import requests
 from bson import ObjectId
 
+from core4 import callers, client
 from core4.actions import ACTION
 from core4.api.keys import SEATS
 from core4.callers import Functions, Job
 from core4.callers_async import AsyncFunctions, AsyncJob
-from core4.client import ApiError, Client
+from core4.client import ApiError, Client, QueueTimeout
 from core4.config import DEBUG, Settings
 from core4.database import Database
 from core4.errors import BadArguments, FreeName, SourceRefused
@@ -110,7 +112,7 @@ async def test_basic(site: Site) -> None:
     def script(functions: Functions) -> None:
         before = time.time()
         job = functions.schedule(shipped.addition, a=1, b=2)
-        assert job.state == "NEW"
+        assert (job.state, job.category, job.timeout, job.running) == ("NEW", "", 0, False)
         assert functions.scheduled_ids == [job.id]
         assert functions.results() == [3]
         job.load()
@@ -164,7 +166,7 @@ async def test_the_causes_of_an_error(site: Site) -> None:
         wrong = functions.schedule(shipped.divide, a=1)
         left = functions.schedule(shipped.exits)
         fine = functions.schedule(shipped.addition, a=1, b=1, timeout=0)
-        eventually(lambda: halted.load().state == "RUNNING")
+        eventually(lambda: halted.load().running)
         halted.kill()
         jobs = functions.wait([late, crash, halted, wrong, left, fine], die=False)
 
@@ -179,7 +181,7 @@ async def test_the_causes_of_an_error(site: Site) -> None:
 
 @pytest.mark.row("M10", "M14", "M16")
 async def test_states_are_seen_by_queries(site: Site) -> None:
-    """Upstream's test 3, and each state in its turn: NEW, RUNNING, OK, DONE."""
+    """Upstream's test 3, and each state in its turn: NEW, RUNNING, OK or ERROR, DONE."""
     gate, end = site.file(), site.file()
 
     def script(functions: Functions) -> None:
@@ -192,13 +194,16 @@ async def test_states_are_seen_by_queries(site: Site) -> None:
             for _ in range(6)
         ]
         functions.schedule(shipped.addition, category="other", a=1, b=1)
-        assert [job.time_start for job in functions.find(category="data", state="NEW")] == [0.0] * 6
+        bad = functions.schedule(shipped.divide, category="data", dependencies=[jobs[0]], a=1)
+        assert [job.time_start for job in functions.find(category="data", state="NEW")] == [0.0] * 7
         assert (count("RUNNING"), count("OK")) == (0, 0)
         gate.touch()
-        eventually(lambda: (count("NEW"), count("RUNNING")) == (2, 4))  # it has four slots
+        eventually(lambda: (count("NEW"), count("RUNNING")) == (3, 4))  # it has four slots
         end.touch()
         assert functions.results(jobs) == ["OK"] * 6
-        assert (count("NEW"), count("OK"), count("DONE")) == (0, 6, 0)
+        assert bad.wait(die=False)
+        counts = {state: count(state) for state in ("NEW", "RUNNING", "OK", "ERROR", "DONE")}
+        assert counts == {"NEW": 0, "RUNNING": 0, "OK": 6, "ERROR": 1, "DONE": 0}
 
         assert jobs[0].collect() == "OK"
         assert (jobs[0].state, jobs[0].ended, jobs[0].result) == ("DONE", True, None)
@@ -271,6 +276,7 @@ async def test_many_are_waited_for(site: Site) -> None:
         assert all(job.state == "OK" for job in jobs)
         assert functions.results() == functions.results(jobs) == [2 * n for n in range(10)]
         assert functions.results([jobs[3].id, jobs[1]]) == [6, 2]
+        assert functions.results(job for job in jobs[:2]) == [0, 2]
         assert functions.check_all() is True
         bad = functions.schedule(shipped.divide, a=1)
         with pytest.raises(JobFailed) as raised:
@@ -286,6 +292,7 @@ async def test_many_are_waited_for(site: Site) -> None:
 @pytest.mark.row("M21", "M22", "M23")
 async def test_dependencies(site: Site) -> None:
     """Upstream's test 9: results of others, and what fails with them."""
+    gate = site.file()
 
     def script(functions: Functions) -> Job:
         first = functions.schedule(shipped.addition, a=1, b=2)
@@ -308,6 +315,15 @@ async def test_dependencies(site: Site) -> None:
         assert [waiting.time_start, last.time_start] == [0.0, 0.0]
         with pytest.raises(ApiError, match="not found"):
             functions.schedule(shipped.has_no_context, dependencies=["0" * 24])
+
+        open_ = functions.schedule(shipped.waits_for, path=str(gate))
+        doomed = functions.schedule(shipped.sums_up, dependencies=[open_, bad])
+        (doomed,) = functions.wait([doomed], die=False)
+        assert doomed.error["dependency_failure"] == bad.id
+        assert open_.load().state in ("NEW", "RUNNING"), "the failure of one is enough"
+        gate.touch()
+        assert open_.wait()
+        assert doomed.load().state == "ERROR", "it stays so, whatever the other comes to"
         return third
 
     assert "adding j" in " ".join(await site.log_of(await site.do(script)))
@@ -399,6 +415,60 @@ async def test_the_limit_of_a_wait_is_its_own(site: Site) -> None:
         assert job.result == "OK"
 
     await site.do(script)
+
+
+@pytest.mark.row("M17")
+async def test_the_limit_of_a_job_counts_from_its_start(site: Site) -> None:
+    """It may wait for longer than it may run."""
+    end = site.file()
+
+    def script(functions: Functions) -> None:
+        first = functions.schedule(shipped.waits_for, path=str(end))
+        job = functions.schedule(shipped.addition, dependencies=[first], timeout=3, a=1, b=2)
+        eventually(lambda: time.time() > job.time_created + job.timeout + 1)
+        assert job.load().state == "NEW"
+        end.touch()
+        assert functions.results([job]) == [3]
+
+    await site.do(script)
+
+
+@pytest.mark.row("M5")
+async def test_a_wait_is_one_request(site: Site) -> None:
+    """The API answers it when the job has ended; nobody asks again and again."""
+    end = site.file()
+
+    def looks() -> float:
+        lines = requests.get(f"{site.api.root}/metrics", auth=ANN, timeout=60).text.splitlines()
+        rows = [line for line in lines if line.startswith("core4_http_requests_total")]
+        return sum(float(row.split()[-1]) for row in rows if "/function/job" in row)
+
+    def script(functions: Functions) -> None:
+        job = functions.schedule(shipped.waits_for, path=str(end))
+        eventually(lambda: job.load().running)
+        before = looks()
+        threading.Timer(2, end.touch).start()
+        assert job.wait(timeout=15)
+        assert (job.result, looks() - before) == ("OK", 1)
+
+    await site.do(script)
+
+
+@pytest.mark.row("M1", "M12")
+async def test_without_an_object(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The functions of `core4.client`, with client and key from the environment."""
+    given = {"URL": site.api.root, "USER": ANN[0], "PASSWORD": ANN[1], "FUNCTION_KEY": KEY}
+    for name, value in given.items():
+        monkeypatch.setenv(f"CORE4_{name}", value)
+    monkeypatch.setattr(callers, "_here", None)
+
+    def script() -> None:
+        jobs = [client.schedule(shipped.addition, a=n, b=1) for n in range(2)]
+        assert [job.state for job in client.wait(jobs)] == ["OK", "OK"]
+        assert client.results() == [1, 2]
+        callers._functions().close()
+
+    await asyncio.to_thread(script)
 
 
 @pytest.mark.row("M9")
@@ -721,25 +791,83 @@ async def test_from_asyncio(site: Site) -> None:
         assert unknown.value.status == 404
 
 
+@pytest.mark.row("M41", "M42")
+async def test_queues_and_handles_from_asyncio(site: Site) -> None:
+    """Return queues, all at a look, once more and collected: as in the blocking client."""
+    queues = ["functions.async.one", "functions.async.two"]
+    async with AsyncFunctions(site.api.root, ANN, key=KEY) as functions:
+        for number in range(3):
+            await functions.schedule(shipped.numbered, return_queues=queues, number=number)
+        jobs = await functions.wait_queues(queues, 3)
+        assert {job.id for job in jobs} == set(functions.scheduled_ids)
+        assert await functions.check_all() is True
+        with pytest.raises(QueueTimeout) as late:
+            await functions.wait_queue(queues[0], timeout=0.1)
+        assert late.value.records == []
+
+        again = await jobs[0].start()
+        assert again.id != jobs[0].id
+        assert await functions.results([again], return_queues=queues) == [jobs[0].result]
+        assert await (await functions.get(again.id)).collect() == jobs[0].result
+        assert (await again.load()).state == "DONE"
+        await functions.schedule(shipped.divide, return_queues=queues[:1], a=1)
+        with pytest.raises(JobFailed):
+            await functions.wait_queue(queues[0])
+        with pytest.raises(JobFailed):
+            await functions.check_all()
+
+
 @pytest.mark.row("M42")
 async def test_ends_go_to_return_queues(site: Site) -> None:
-    """Upstream's test 10, and a failing one, which is told as well."""
+    """Upstream's test 10: ten through two queues, in the order of their ends; what was left there is not."""
 
     def script(functions: Functions) -> None:
         queues = ["functions.one", "functions.two"]
-        for number in range(5):
+
+        def left() -> list[int]:
+            return [len(functions.client.show_queue(queue)) for queue in queues]
+
+        functions.schedule(shipped.numbered, return_queues=queues, number=-1)
+        eventually(lambda: left() == [1, 1], what="somebody has left something there")
+        functions.scheduled_ids.clear()
+        for number in range(10):
             functions.schedule(
                 shipped.numbered,
                 return_queues=queues,
                 return_queues_reset=queues if number == 0 else None,
                 number=number,
             )
-        jobs = functions.wait_queues(queues, 5)
+        jobs = functions.wait_queues(queues, 10)
         assert {job.id for job in jobs} == set(functions.scheduled_ids)
-        assert {job.result for job in jobs} == {"0", "1", "2", "3", "4"}
+        assert {job.result for job in jobs} == {str(number) for number in range(10)}
         assert jobs[0].return_queues == queues
-        bad = functions.schedule(shipped.divide, return_queues=queues[:1], a=1)
-        assert functions.wait_queue(queues[0], die=False).id == bad.id
+        assert left() == [0, 0]
+
+        again = [job.start() for job in jobs[:2]]
+        found = functions.results(again, return_queues=queues)
+        assert (sorted(found), left()) == (sorted(job.result for job in jobs[:2]), [0, 0])
+        assert functions.results([], return_queues=queues) == []
+        with pytest.raises(QueueTimeout, match="0 of 2 records"):
+            functions.results(again, return_queues=queues, timeout=0.1)
+
+    await site.do(script)
+
+
+@pytest.mark.row("M42", "M22")
+async def test_failures_go_to_return_queues(site: Site) -> None:
+    """One that failed and one that never ran for that are told as well."""
+
+    def script(functions: Functions) -> None:
+        queue = "functions.bad"
+        bad = functions.schedule(shipped.divide, return_queues=[queue], a=1)
+        after = functions.schedule(shipped.addition, return_queues=[queue], dependencies=[bad], a=1, b=1)
+        told = functions.wait_queues([queue], 2, die=False)
+        assert [job.id for job in told] == [bad.id, after.id]
+        assert told[1].error["dependency_failure"] == bad.id
+
+        functions.schedule(shipped.divide, return_queues=[queue], a=1)
+        with pytest.raises(JobFailed):
+            functions.wait_queue(queue)
 
     await site.do(script)
 

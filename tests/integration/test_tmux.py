@@ -100,10 +100,14 @@ async def test_windows_are_kept_up(
     core4(environ, "worker", LEDGER, "--tmux", "3")
     await eventually_async(lambda: count_up(registry, 3), 60, what="three workers are up")
     before = shown(environ)
+    everybody = psutil.process_iter(["cmdline", "name"])  # among them some that have ended meanwhile
     (supervisor,) = (
-        each for each in psutil.process_iter() if each.cmdline()[-2:] == ["tmux", "supervise"]
-        if f"{environ['CORE4_HOME']}/" in " ".join(each.cmdline()) and each.name() != "sh"
-    )  # fmt: skip
+        each
+        for each, words in ((each, each.info["cmdline"] or []) for each in everybody)
+        if words[-2:] == ["tmux", "supervise"]
+        and f"{environ['CORE4_HOME']}/" in " ".join(words)
+        and each.info["name"] != "sh"
+    )
     supervisor.kill()
     os.kill(before["w1"], signal.SIGKILL)
     socket = Windows(Path(environ["CORE4_HOME"])).socket

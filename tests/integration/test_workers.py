@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import random
 import signal
@@ -85,6 +86,66 @@ async def test_a_worker_in_the_caller_runs_one_job(
         *(int(done.stdout), "inprocess", "w1", "down"),
     )
     assert work.starts() == 1
+
+
+@pytest.mark.row("M32")
+async def test_a_worker_of_the_command_line_runs_one_job(
+    supervise: Supervise, registry: WorkerRegistry, work: Work
+) -> None:
+    await work.put(2, 0.1)
+    with supervise("--once", CORE4_SLOTS="4") as command:
+        code = await asyncio.to_thread(command.wait)
+    (row,) = await registry.list()
+
+    assert (code, row["state"], work.starts()) == (0, "down", 1)
+
+
+@pytest.mark.row("M28", "M29", "M33", "M35")
+async def test_single_workers_in_windows_and_processes(
+    environ: dict[str, str], work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scenario 8 with the documented names: two workers, started again in vain; one of them is halted.
+
+    It finishes its job, and is HALTED then, without a pid; the other waits on. A child process is a third.
+    """
+    gate = tmp_path / "gate"
+    monkeypatch.setenv("CORE4_DEAD_AFTER", "60")  # nobody is to be taken for dead on a busy machine
+
+    async def states(**wanted: str) -> dict[str, workers.Worker]:
+        found = workers.workers_find()
+        assert {name: worker.state for name, worker in found.items()} == wanted
+        return found
+
+    workers.worker_tmux_start(jobs=[LEDGER])
+    await eventually_async(lambda: states(w1="WAITING"), what="w1 waits")
+    workers.start_worker("tmux", 2, jobs=[LEDGER])
+    both = await eventually_async(lambda: states(w1="WAITING", w2="WAITING"), what="two workers wait")
+    workers.worker_tmux_start(1, jobs=[LEDGER])
+    workers.workers_tmux_start(2, jobs=[LEDGER])
+    assert [(each.nr, each.type, each.current_job) for each in both.values()] == [
+        *((1, "tmux", None), (2, "tmux", None))
+    ]
+    assert all(each.time_start <= each.last_update and not each.error for each in both.values())
+
+    await work.put(2, 0.0, gate=gate)
+    busy = await eventually_async(lambda: states(w1="BUSY", w2="BUSY"), what="both are busy")
+    assert {each.current_job for each in busy.values()} == set(map(str, work.ids))
+    assert {each.pid for each in busy.values()} == {each.pid for each in both.values()}
+    busy["w1"].stop()
+    await eventually_async(lambda: halting("w1"), what="w1 is told")
+    gate.touch()
+    await eventually_async(work.done, what="no job is lost")
+    left = await eventually_async(lambda: states(w2="WAITING"), what="w1 has ended, w2 waits")
+    ended = workers.workers_find("HALTED", every=True)["w1"]
+    assert (ended.pid, left["w2"].pid, work.starts()) == (0, both["w2"].pid, 2)
+
+    pool = workers.worker_subprocess_start(3, jobs=[LEDGER])
+    found = await eventually_async(lambda: states(w2="WAITING", w3="WAITING"), what="a child process")
+    assert (found["w3"].type, pool.alive) == ("subprocess", True)
+
+
+async def halting(name: str) -> bool:
+    return workers.workers_find()[name].halt
 
 
 @pytest.mark.row("M30", "M36")
