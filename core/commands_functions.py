@@ -8,7 +8,7 @@ import secrets
 import click
 
 from core4.console import JSON_OPTION, connect, echo_json, moment, show_rows
-from core4.schemas import KEY_NAME
+from core4.permissions import KEY_NAME
 
 MOST_ROWS = 500  # of one page of the API
 COLUMNS = ["key", "methodname", "actorname", "by", "created", "used", "revoked"]

@@ -17,6 +17,7 @@ from functools import lru_cache
 from core4.errors import BadRequest
 
 COP, CODE = "cop", "code"
+KEY_NAME = r"[A-Za-z0-9._-]{1,50}"  # of a key that signs functions
 NAME_LIMIT = 200  # characters of a qual_name that rights are asked about
 _PATTERN_LIMIT = 200
 _REPEATS = 3  # unbounded repeats in one pattern: each multiplies the worst case by the length of the name

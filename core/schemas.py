@@ -19,7 +19,7 @@ from core4.errors import JobInvalid
 from core4.filters import SEARCH, date, storable
 from core4.jobs import NAMESPACE, too_deep
 from core4.options import OPTIONS, problem
-from core4.permissions import NAME_LIMIT
+from core4.permissions import KEY_NAME, NAME_LIMIT
 from core4.results import Status
 from core4.states import IDLE, State
 
@@ -30,7 +30,6 @@ WORKER_STATUS = ("NEW", "WAITING", "BUSY", "HALTED", "ERROR")
 SCOPES = ("everything", "namespace", "job", "project", "worker")  # what can be paused
 ACTIONS = ("kill", "restart", "remove")  # what can be done to many jobs
 FUNCTION_STATES = ("NEW", "RUNNING", "OK", "ERROR", "DONE")  # of the jobs of functions: myjobs' words
-KEY_NAME = r"[A-Za-z0-9._-]{1,50}"  # of a key that signs functions
 BATCH = 1000  # jobs enqueued by one request
 DEPENDENCIES = 100  # jobs that one waits for
 REQUEST_ID = 255  # characters of a request id

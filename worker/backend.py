@@ -15,7 +15,7 @@ from bson import ObjectId
 from core4.attendance import Contact
 from core4.changes import Listener
 from core4.controls import Controls
-from core4.errors import Unavailable
+from core4.errors import Core4Error, Unavailable
 from core4.jobs import Job, Owner
 from core4.logs import Line
 from core4.retries import Outcome
@@ -25,6 +25,12 @@ from core4.worker.protocol import Message
 
 class OwnerLost(Unavailable):
     """The owner is unknown, has left or was declared dead: nothing more is done in its name."""
+
+
+class Refused(Core4Error):
+    """The manager does not accept what this worker sent."""
+
+    code = "refused"
 
 
 class Chores(Protocol):

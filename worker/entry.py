@@ -17,10 +17,10 @@ from core4.database import Database
 from core4.errors import ConfigError, Unauthenticated, Unavailable
 from core4.service import hide_memory, stop_on_signals
 from core4.worker import functions
+from core4.worker.backend import Refused
 from core4.worker.daemon import Worker
 from core4.worker.direct import Direct
 from core4.worker.handle import Launcher
-from core4.worker.remote import Refused, Remote
 
 log = logging.getLogger(__name__)
 
@@ -82,6 +82,8 @@ async def _serve_direct(
 async def _serve_remote(
     settings: Settings, launcher: Launcher, stop: asyncio.Event, halt: asyncio.Event
 ) -> None:
+    from core4.worker.remote import Remote  # its HTTP client takes as long to load as all the rest
+
     async with Remote(settings) as remote:
         while not stop.is_set():
             try:

@@ -33,7 +33,7 @@ from core4.logs import Line
 from core4.retries import Outcome
 from core4.states import Flag
 from core4.store import QUEUE
-from core4.worker.backend import OwnerLost
+from core4.worker.backend import OwnerLost, Refused
 from core4.worker.functions import namespaces
 from core4.worker.protocol import Message
 
@@ -50,12 +50,6 @@ _NEWS: Mapping[str, Change] = {
     "control": Change("update", CONTROL),
     "look": Change("resync"),
 }
-
-
-class Refused(Core4Error):
-    """The manager does not accept what this worker sent."""
-
-    code = "refused"
 
 
 class Remote:

@@ -30,7 +30,7 @@ from core4.queues import JobQueue
 from core4.registry import WorkerRegistry
 from core4.users import UserStore
 from core4.worker import functions
-from core4.worker.remote import Refused
+from core4.worker.backend import Refused
 from tests.helpers import FAST, eventually, eventually_async
 from tests.integration.driver import serving
 from tests.integration.test_functions import ANN, KEY, Site, changed, refused, site

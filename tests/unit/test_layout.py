@@ -157,8 +157,17 @@ def test_every_folder_with_code_is_packaged() -> None:
 @pytest.mark.parametrize("module", SLIM)
 def test_a_jobs_process_loads_no_driver(module: str) -> None:
     """Neither a database driver nor asyncio comes with what a job's author imports."""
-    script = f"import sys, {module}\nfrom core4 import CoreJob\nprint(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert loaded_by(f"import {module}\nfrom core4 import CoreJob") & DRIVERS == set()
 
+
+def test_a_worker_with_a_database_loads_no_http() -> None:
+    """It would start half as fast."""
+    assert "aiohttp" not in loaded_by("import core4.cli, core4.worker.entry")
+
+
+def loaded_by(script: str) -> set[str]:
+    """The modules that are there when a fresh interpreter has run this."""
+    asked = f"import sys\n{script}\nprint(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert set(done.stdout.split()) & DRIVERS == set()
+    return set(done.stdout.split())
