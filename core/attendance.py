@@ -10,7 +10,7 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
 from pymongo.errors import PyMongoError
@@ -28,7 +28,7 @@ from core4.registry import WorkerRegistry
 log = logging.getLogger(__name__)
 
 TROUBLE = (PyMongoError, Unavailable, TimeoutError)  # what a later try may not meet any more
-SWEEP_EVERY = 10.0  # seconds between two looks for half-done moves
+SWEEP_EVERY = 10.0  # seconds between two looks for half-done moves, at least
 
 
 class Contact:
@@ -99,31 +99,37 @@ class Attendance:
             await self._lookout.wait()
 
     async def _wake_due(self) -> None:
-        """Promote and wake what is due; what will be before the next look is expected."""
-        ahead = self._settings.poll * QUIET * 2
-        woken = 0
-        if (seconds := await self._queue.due_in(ahead)) is not None and seconds <= 0:
-            woken += await self._queue.promote()
-            seconds = await self._queue.due_in(ahead)
-        if seconds is not None:
-            self._expect(seconds)
-        if (seconds := await self._queue.claims.rated_in()) is not None and seconds <= 0:
-            woken += await self._queue.claims.wake_rated()
-            seconds = await self._queue.claims.rated_in()
-        if seconds is not None:
-            self._expect(seconds)
+        """Promote and wake what is due."""
+        queue, ahead = self._queue, self._settings.poll * QUIET * 2
+        woken = await self._wake_one_kind(lambda: queue.due_in(ahead), queue.promote)
+        woken += await self._wake_one_kind(queue.claims.rated_in, queue.claims.wake_rated)
         if woken:
             self._woken()
 
+    async def _wake_one_kind(
+        self, due_in: Callable[[], Awaitable[float | None]], wake: Callable[[], Awaitable[int]]
+    ) -> int:
+        """Wake what is due; what will be before the next look is expected."""
+        woken, seconds = 0, await due_in()
+        if seconds is not None and seconds <= 0:
+            woken, seconds = await wake(), await due_in()
+            if seconds is not None and not woken:
+                # Somebody else does it; or it is there by hand, and cannot be woken.
+                seconds = max(seconds, self._settings.poll)
+        if seconds is not None:
+            self._expect(seconds)
+        return woken
+
     async def _look_after(self) -> None:
         """Rescue what the dead held, finish what they left half done."""
-        swept_at = time.monotonic()
+        # Only the dead leave something: it may take as long as to find them dead.
+        swept_at, sweep_every = time.monotonic(), max(SWEEP_EVERY, self._settings.dead_after)
         while True:
-            await asyncio.sleep(jittered(min(self._settings.rescue_every, SWEEP_EVERY)))
+            await asyncio.sleep(jittered(min(self._settings.rescue_every, sweep_every)))
             try:
                 await self._queue.expire()  # windows are of hours: seconds later is soon enough
                 rescued = await self._rescue()
-                sweep = time.monotonic() - swept_at >= SWEEP_EVERY
+                sweep = time.monotonic() - swept_at >= sweep_every
                 if rescued or sweep:
                     await self._queue.claims.wake_held()
                 if sweep:
