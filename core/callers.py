@@ -112,8 +112,8 @@ class Functions:
         wait: bool = False,
         die: bool = True,
         args_replace: Mapping[str, Any] | None = None,
-        return_queues: Sequence[str] | None = None,
-        return_queues_reset: Sequence[str] | None = None,
+        return_queues: str | Iterable[str] | None = None,
+        return_queues_reset: str | Iterable[str] | None = None,
         kwargs: Mapping[str, Any] | None = None,
         **more: Any,
     ) -> Job:
@@ -129,8 +129,8 @@ class Functions:
             die: whether waiting raises if the job fails; can be said anew with each wait.
             args_replace: fills ``{name}`` in texts of the function. Each other value is one more source to
                 store: prefer arguments.
-            return_queues: queues that are told of the job's end, well or badly.
-            return_queues_reset: queues that are emptied now.
+            return_queues: the name of a queue that is told of the job's end, well or badly, or up to ten.
+            return_queues_reset: the name of a queue that is emptied now, or a list of names.
             kwargs: arguments of the function, those that have a name used here.
             more: arguments of the function.
 
@@ -145,8 +145,8 @@ class Functions:
             dependencies=dependencies,
             die=die,
             args_replace=args_replace,
-            return_queues=return_queues or (),
-            return_queues_reset=return_queues_reset or (),
+            return_queues=return_queues,
+            return_queues_reset=return_queues_reset,
             kwargs=handles.together(kwargs, more),
         )
         job = Job(self, self._do(steps))
@@ -182,7 +182,7 @@ class Functions:
         timeout: float | None = DEFAULT_WAIT,
         die: bool | None = None,
         *,
-        return_queues: Sequence[str] | None = None,
+        return_queues: str | Iterable[str] | None = None,
     ) -> list[Any]:
         """Wait as `wait` does; what the jobs returned, in the same order. `[]` for an empty list.
 
@@ -201,7 +201,7 @@ class Functions:
 
     def wait_queues(
         self,
-        queue_names: Sequence[str],
+        queue_names: str | Iterable[str],
         size: int,
         timeout: float = 120.0,
         die: bool | None = None,

@@ -119,8 +119,8 @@ class AsyncFunctions:
         wait: bool = False,
         die: bool = True,
         args_replace: Mapping[str, Any] | None = None,
-        return_queues: Sequence[str] | None = None,
-        return_queues_reset: Sequence[str] | None = None,
+        return_queues: str | Iterable[str] | None = None,
+        return_queues_reset: str | Iterable[str] | None = None,
         kwargs: Mapping[str, Any] | None = None,
         **more: Any,
     ) -> AsyncJob:
@@ -134,8 +134,8 @@ class AsyncFunctions:
             dependencies=dependencies,
             die=die,
             args_replace=args_replace,
-            return_queues=return_queues or (),
-            return_queues_reset=return_queues_reset or (),
+            return_queues=return_queues,
+            return_queues_reset=return_queues_reset,
             kwargs=handles.together(kwargs, more),
         )
         job = AsyncJob(self, await self._do(steps))
@@ -163,7 +163,7 @@ class AsyncFunctions:
         timeout: float | None = DEFAULT_WAIT,
         die: bool | None = None,
         *,
-        return_queues: Sequence[str] | None = None,
+        return_queues: str | Iterable[str] | None = None,
     ) -> list[Any]:
         """Wait as `wait` does; what the jobs returned, as `core4.callers.Functions.results`."""
         given = list(self.scheduled_ids if ids is None else ids)
@@ -178,7 +178,7 @@ class AsyncFunctions:
 
     async def wait_queues(
         self,
-        queue_names: Sequence[str],
+        queue_names: str | Iterable[str],
         size: int,
         timeout: float = 120.0,
         die: bool | None = None,

@@ -19,7 +19,8 @@ from urllib.parse import quote
 
 from core4 import sources
 from core4.client import FIRST_RETRY, MOST_RECORDS, ApiError, ClientError, QueueTimeout, Unreachable
-from core4.errors import SourceRefused
+from core4.errors import BadOption, SourceRefused
+from core4.options import QUEUE_NAME, shown
 from core4.sources import Source
 
 T = TypeVar("T")
@@ -262,14 +263,16 @@ def schedule(
     dependencies: Iterable[Record | str] | None,
     die: bool,
     args_replace: Mapping[str, Any] | None,
-    return_queues: Sequence[str],
-    return_queues_reset: Sequence[str],
+    return_queues: Iterable[str] | None,
+    return_queues_reset: Iterable[str] | None,
     kwargs: Mapping[str, Any],
 ) -> Steps[Document]:
     """The job of one call.
 
-    Raises: SourceRefused, FreeName; BadArguments for arguments that do not fit or are no JSON.
+    Raises: SourceRefused, FreeName; BadArguments for arguments that do not fit or are no JSON; BadOption.
     """
+    queues = queue_names("return_queues", return_queues)
+    emptied = queue_names("return_queues_reset", return_queues_reset)
     if key is None:
         raise SourceRefused(
             "no key to sign the function with: set CORE4_FUNCTION_KEY, or pass key=; "
@@ -291,12 +294,33 @@ def schedule(
         "timeout": timeout or 0,
         "dependencies": ids_of(dependencies or ()),
         "die": die,
-        "return_queues": list(return_queues),
+        "return_queues": queues,
     }
-    for queue in return_queues_reset:
+    for queue in emptied:
         yield Request("PUT", f"return/reset/{quote(queue, safe='')}")
     reply = yield Request("POST", "function", body)
     return dict(reply["data"])
+
+
+def queue_names(option: str, given: Iterable[str] | None) -> list[str]:
+    """The names of return queues, of which one may be given as it is.
+
+    Raises: BadOption.
+    """
+    names = [] if given is None else listed(given)
+    if all(isinstance(each, str) and QUEUE_NAME.fullmatch(each) for each in names):
+        return names
+    raise BadOption(
+        f"{option} is {shown(given)}, expected the name of a return queue or a list of names, "
+        "each 1 to 100 of A-Z a-z 0-9 _ . : -"
+    )
+
+
+def listed(given: Any) -> list[Any]:
+    """What is given as one or as several: a text or a job is one."""
+    if isinstance(given, str | Record) or not isinstance(given, Iterable):
+        return [given]
+    return list(given)
 
 
 # ---------------------------------------------------------------------- looking and waiting
@@ -304,8 +328,7 @@ def schedule(
 
 def ids_of(jobs: Iterable[Record | str]) -> list[str]:
     """The ids of jobs or ids, each once, in their order."""
-    given = [jobs] if isinstance(jobs, Record | str) else jobs
-    return list(dict.fromkeys(each.id if isinstance(each, Record) else str(each) for each in given))
+    return list(dict.fromkeys(each.id if isinstance(each, Record) else str(each) for each in listed(jobs)))
 
 
 def looked_at(ids: Sequence[str], timeout: float = 0.0) -> Steps[list[Document]]:
@@ -333,14 +356,14 @@ def _has_ended(row: Document) -> bool:
     return row["state"] in ENDED
 
 
-def pulled(queues: Sequence[str], size: int, timeout: float) -> Steps[list[str]]:
+def pulled(queues: Iterable[str], size: int, timeout: float) -> Steps[list[str]]:
     """The ids of the jobs in the last of these return queues, when each has had `size`; taken out of all.
 
-    Raises: QueueTimeout.
+    Raises: QueueTimeout; BadOption.
     """
     deadline = time.monotonic() + timeout
     records: list[Document] = []
-    for queue in queues:
+    for queue in queue_names("queue_names", queues):
         records = yield from _records(queue, size, deadline)
     return [str(record["job_id"]) for record in records]
 

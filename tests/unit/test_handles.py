@@ -8,9 +8,37 @@ import pytest
 
 from core4 import handles
 from core4.client import ApiError, QueueTimeout, Unreachable
-from core4.handles import Pause, Request
+from core4.errors import BadOption
+from core4.handles import Key, Pause, Request
+from tests.jobs import shipped
 
 BUSY = ApiError(429, "too many wait", headers={"Retry-After": "2"})
+OPTIONS: dict[str, Any] = {
+    "name": None,
+    "category": "",
+    "timeout": 0,
+    "dependencies": None,
+    "die": True,
+    "args_replace": None,
+    "return_queues": None,
+    "return_queues_reset": None,
+    "kwargs": {},
+}
+
+
+def asked(function: Any = shipped.addition, **options: Any) -> list[Request]:
+    """What scheduling a function asks of the API."""
+    steps = handles.schedule(
+        function, Key("ann", "secret"), **{**OPTIONS, "kwargs": {"a": 1, "b": 2}, **options}
+    )
+    found, request = [], next(steps)
+    try:
+        while True:
+            assert isinstance(request, Request)
+            found.append(request)
+            request = steps.send({"data": {}})
+    except StopIteration:
+        return found
 
 
 def body_of(request: Request | Pause) -> dict[str, Any]:
@@ -48,3 +76,22 @@ def test_who_has_no_time_left_is_told(trouble: Exception) -> None:
     next(steps)
     with pytest.raises(QueueTimeout, match="0 of 1 records"):
         steps.send({"data": []})
+
+
+@pytest.mark.row("M42")
+def test_one_return_queue_may_be_given_as_its_name() -> None:
+    for given in ("q9", ["q9"], ("q9",), {"q9"}):
+        reset, call = asked(return_queues=given, return_queues_reset=given)
+        assert (reset.path, body_of(call)["return_queues"]) == ("return/reset/q9", ["q9"])
+        pull = next(handles.pulled(given, 1, 0))
+        assert isinstance(pull, Request)
+        assert pull.path == "return/pull/q9"
+    assert [body_of(each)["return_queues"] for each in asked()] == [[]]
+
+
+@pytest.mark.parametrize("wrong", [True, 5, "", "a b", ["q", 5], [["q"]], [None], b"q"])
+@pytest.mark.parametrize("option", ["return_queues", "return_queues_reset"])
+def test_what_is_no_name_of_a_queue_is_refused(option: str, wrong: Any) -> None:
+    """Before anything is asked."""
+    with pytest.raises(BadOption, match=rf"{option} is .*, expected the name of a return queue or a list"):
+        asked(**{option: wrong})
