@@ -208,7 +208,8 @@ class Functions:
     ) -> list[Job]:
         """Wait until each of these return queues has had `size` records; the jobs of the last, in order.
 
-        Raises: QueueTimeout; JobFailed if one of them failed, unless `die` is false.
+        Raises: QueueTimeout, whose `records` are those that had been taken out of that queue; JobFailed if
+            one of them failed, unless `die` is false: all of them are its `jobs` then.
         """
         jobs = self._jobs(self._do(handles.pulled(queue_names, size, timeout)))
         handles.judge(jobs, timeout=timeout, die=die)

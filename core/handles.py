@@ -63,11 +63,15 @@ class RemoteTraceback(Exception):
 
 
 class JobFailed(ClientError):
-    """A job ended in ERROR. `job` is its handle, `error` what is known: message, traceback and more."""
+    """A job ended in ERROR. `job` is its handle, `error` what is known: message, traceback and more.
 
-    def __init__(self, job: Record) -> None:
+    `jobs` are all that were waited for, in their order, as they are now: those that ended well have results.
+    """
+
+    def __init__(self, job: Record, jobs: Sequence[Record] = ()) -> None:
         super().__init__(f"job [{job.name}] ({job.id}) {_how(job)}: {job.error.get('message', '')}")
         self.job = job
+        self.jobs = list(jobs) or [job]
         self.error = job.error
         self.__cause__ = RemoteTraceback(self.error["traceback"]) if self.error.get("traceback") else None
 
@@ -490,7 +494,7 @@ def judge(jobs: Sequence[Record], *, timeout: float | None, die: bool | None) ->
     """
     for job in jobs:
         if job.state == "ERROR" and (job.die if die is None else die):
-            raise JobFailed(job)
+            raise JobFailed(job, jobs)
     ended = all(job.ended for job in jobs)
     if not ended and die is not False:
         raise WaitTimeout(timeout or 0.0, jobs)

@@ -865,9 +865,14 @@ async def test_failures_go_to_return_queues(site: Site) -> None:
         assert [job.id for job in told] == [bad.id, after.id]
         assert told[1].error["dependency_failure"] == bad.id
 
-        functions.schedule(shipped.divide, return_queues=[queue], a=1)
-        with pytest.raises(JobFailed):
-            functions.wait_queue(queue)
+        both = [
+            functions.schedule(shipped.divide, return_queues=queue, a=1),
+            functions.schedule(shipped.addition, return_queues=queue, a=1, b=1),
+        ]
+        with pytest.raises(JobFailed) as raised:
+            functions.wait_queues(queue, 2)
+        assert raised.value.job.id == both[0].id
+        assert {job.id: job.result for job in raised.value.jobs} == {both[0].id: None, both[1].id: 2}
 
     await site.do(script)
 

@@ -9,7 +9,7 @@ import pytest
 from core4 import handles
 from core4.client import ApiError, QueueTimeout, Unreachable
 from core4.errors import BadOption
-from core4.handles import Key, Pause, Request
+from core4.handles import JobFailed, Key, Pause, Record, Request
 from tests.jobs import shipped
 
 BUSY = ApiError(429, "too many wait", headers={"Retry-After": "2"})
@@ -95,3 +95,30 @@ def test_what_is_no_name_of_a_queue_is_refused(option: str, wrong: Any) -> None:
     """Before anything is asked."""
     with pytest.raises(BadOption, match=rf"{option} is .*, expected the name of a return queue or a list"):
         asked(**{option: wrong})
+
+
+def job(number: int, state: str = "OK", **fields: Any) -> Record:
+    """What is known of a job of `addition`."""
+    job_id = f"{number:024x}"
+    failed = {"message": "it broke", "traceback": ""} if state == "ERROR" else {}
+    return Record(
+        {
+            "id": job_id,
+            "name": f"j{job_id}",
+            "qual_name": "core4.function.addition",
+            "state": state,
+            "error": failed,
+            "error_cat": "ERROR" if failed else "NA",
+            "die": True,
+            **fields,
+        }
+    )
+
+
+def test_a_failure_is_raised_with_all_that_were_waited_for() -> None:
+    """Who took them out of a return queue knows of no other way to the others' results."""
+    jobs = [job(1), job(2, "ERROR"), job(3)]
+    with pytest.raises(JobFailed) as raised:
+        handles.judge(jobs, timeout=None, die=None)
+    assert (raised.value.job, raised.value.jobs) == (jobs[1], jobs)
+    assert handles.judge(jobs, timeout=None, die=False) is True
