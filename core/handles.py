@@ -69,7 +69,8 @@ class JobFailed(ClientError):
     """
 
     def __init__(self, job: Record, jobs: Sequence[Record] = ()) -> None:
-        super().__init__(f"job [{job.name}] ({job.id}) {_how(job)}: {job.error.get('message', '')}")
+        which = f"{job.method} [{job.name}] ({job.id})"
+        super().__init__(f"job {which} {_how(job)}: {job.error.get('message', '')}")
         self.job = job
         self.jobs = list(jobs) or [job]
         self.error = job.error
@@ -81,9 +82,16 @@ class WaitTimeout(ClientError, TimeoutError):
 
     def __init__(self, seconds: float, jobs: Sequence[Record]) -> None:
         open_ = [job for job in jobs if not job.ended]
-        first = ", ".join(f"[{job.name}] is {job.state}" for job in open_[:3])
-        super().__init__(f"{len(open_)} of {len(jobs)} jobs have not ended within {seconds:g} s: {first}")
+        first = ", ".join(f"{job.method} [{job.name}] is {job.state}" for job in open_[:3])
+        debug = "; a debug job is run by `core4 worker --debug` only" if _wait_for_debug(open_) else ""
+        super().__init__(
+            f"{len(open_)} of {len(jobs)} jobs have not ended within {seconds:g} s: {first}{debug}"
+        )
         self.jobs = list(jobs)
+
+
+def _wait_for_debug(jobs: Iterable[Record]) -> bool:
+    return any(job.debug and job.state == "NEW" for job in jobs)
 
 
 def _how(job: Record) -> str:
@@ -98,7 +106,8 @@ class Record:
         self._row = row
 
     def __repr__(self) -> str:
-        return f"<job {self.name} {self.state} {self.id}>"
+        own = "" if self.name == f"j{self.id}" else f" [{self.name}]"
+        return f"<job {self.method}{own} {self.state} {self.id}>"
 
     def update(self, row: Document) -> None:
         """Take over what a new look has told."""
@@ -118,6 +127,11 @@ class Record:
     def name(self) -> str:
         """The name that its caller gave, or one made of its id."""
         return str(self._row["name"])
+
+    @property
+    def method(self) -> str:
+        """The name of its function."""
+        return str(self._row["qual_name"]).rpartition(".")[2]
 
     @property
     def category(self) -> str:

@@ -9,7 +9,7 @@ import pytest
 from core4 import handles
 from core4.client import ApiError, QueueTimeout, Unreachable
 from core4.errors import BadOption
-from core4.handles import JobFailed, Key, Pause, Record, Request
+from core4.handles import JobFailed, Key, Pause, Record, Request, WaitTimeout
 from tests.jobs import shipped
 
 BUSY = ApiError(429, "too many wait", headers={"Retry-After": "2"})
@@ -122,3 +122,21 @@ def test_a_failure_is_raised_with_all_that_were_waited_for() -> None:
         handles.judge(jobs, timeout=None, die=None)
     assert (raised.value.job, raised.value.jobs) == (jobs[1], jobs)
     assert handles.judge(jobs, timeout=None, die=False) is True
+
+
+@pytest.mark.row("M5", "M7")
+def test_jobs_are_told_with_their_function() -> None:
+    plain, named = job(1), job(2, "ERROR", name="nightly")
+    assert repr(plain) == f"<job addition OK {plain.id}>"
+    assert repr(named) == f"<job addition [nightly] ERROR {named.id}>"
+    assert str(JobFailed(named)) == f"job addition [nightly] ({named.id}) failed: it broke"
+    late = WaitTimeout(2, [job(3, "NEW", debug=True), plain])
+    assert str(late).startswith("1 of 2 jobs have not ended within 2 s: addition [j")
+
+
+def test_a_wait_for_a_debug_job_says_who_runs_it() -> None:
+    """It is not the others' fault that it waits."""
+    hint = "`core4 worker --debug`"
+    assert hint in str(WaitTimeout(2, [job(1, "NEW", debug=True), job(2, "NEW")]))
+    for jobs in ([job(1, "RUNNING", debug=True)], [job(1, debug=True), job(2, "NEW")]):
+        assert hint not in str(WaitTimeout(2, jobs))
