@@ -92,6 +92,11 @@ class ApiError(ClientError):
 class Unreachable(ClientError):
     """The API does not answer."""
 
+    HINT = "Is it running? Start it with `core4 up`, or set CORE4_URL."
+
+    def __str__(self) -> str:
+        return f"{self.detail}\n{self.HINT}"
+
 
 class QueueTimeout(TimeoutError):
     """Not all records came in time; `records` are those that had been taken."""
