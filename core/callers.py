@@ -108,7 +108,7 @@ class Functions:
         name: str | None = None,
         category: str = "",
         timeout: float = 0,
-        dependencies: Iterable[Record | str] | None = None,
+        dependencies: Record | str | Iterable[Record | str] | None = None,
         wait: bool = False,
         die: bool = True,
         args_replace: Mapping[str, Any] | None = None,
@@ -127,14 +127,14 @@ class Functions:
             dependencies: jobs or ids that have to end well before.
             wait: block until the job has ended.
             die: whether waiting raises if the job fails; can be said anew with each wait.
-            args_replace: fills ``{name}`` in texts of the function. Each other value is one more source to
-                store: prefer arguments.
+            args_replace: fills ``{name}`` in texts of the function, one at least. Each other value is one
+                more source to store: prefer arguments.
             return_queues: the name of a queue that is told of the job's end, well or badly, or up to ten.
             return_queues_reset: the name of a queue that is emptied now, or a list of names.
             kwargs: arguments of the function, those that have a name used here.
             more: arguments of the function.
 
-        Raises: SourceRefused, FreeName, BadArguments; JobFailed with `wait`.
+        Raises: SourceRefused, FreeName, BadArguments, BadOption; JobFailed with `wait`.
         """
         steps = handles.schedule(
             method,
@@ -157,20 +157,20 @@ class Functions:
 
     def wait(
         self,
-        ids: Iterable[Record | str] | None = None,
+        ids: Record | str | Iterable[Record | str] | None = None,
         timeout: float | None = DEFAULT_WAIT,
         die: bool | None = None,
     ) -> list[Job]:
         """Wait for several jobs; their handles in the order given, each once.
 
         Args:
-            ids: ids or jobs; default: all that were scheduled here.
+            ids: ids or jobs, or one of them; default: all that were scheduled here.
             timeout: seconds for all together, None for any time.
             die: raise if one failed, or if the time is up; default: as each was scheduled.
 
         Raises: JobFailed, WaitTimeout; ValueError if there is nothing to wait for.
         """
-        given = list(self.scheduled_ids if ids is None else ids)
+        given = handles.listed(self.scheduled_ids if ids is None else ids)
         jobs = self._jobs(handles.wanted(given), timeout=handles.limit(timeout))
         handles.refresh(given, jobs)
         handles.judge(jobs, timeout=timeout, die=die)
@@ -178,7 +178,7 @@ class Functions:
 
     def results(
         self,
-        ids: Iterable[Record | str] | None = None,
+        ids: Record | str | Iterable[Record | str] | None = None,
         timeout: float | None = DEFAULT_WAIT,
         die: bool | None = None,
         *,
@@ -189,7 +189,7 @@ class Functions:
         Args:
             return_queues: wait for as many records in each of these instead; then in the order of their ends.
         """
-        given = list(self.scheduled_ids if ids is None else ids)
+        given = handles.listed(self.scheduled_ids if ids is None else ids)
         if ids is not None and not given:
             return []
         if return_queues:
@@ -331,14 +331,18 @@ def schedule(method: Callable[..., Any], /, **options: Any) -> Job:
 
 
 def wait(
-    ids: Iterable[Record | str] | None = None, timeout: float | None = DEFAULT_WAIT, die: bool | None = None
+    ids: Record | str | Iterable[Record | str] | None = None,
+    timeout: float | None = DEFAULT_WAIT,
+    die: bool | None = None,
 ) -> list[Job]:
     """`Functions.wait`, likewise."""
     return _functions().wait(ids, timeout, die)
 
 
 def results(
-    ids: Iterable[Record | str] | None = None, timeout: float | None = DEFAULT_WAIT, die: bool | None = None
+    ids: Record | str | Iterable[Record | str] | None = None,
+    timeout: float | None = DEFAULT_WAIT,
+    die: bool | None = None,
 ) -> list[Any]:
     """`Functions.results`, likewise."""
     return _functions().results(ids, timeout, die)

@@ -115,7 +115,7 @@ class AsyncFunctions:
         name: str | None = None,
         category: str = "",
         timeout: float = 0,
-        dependencies: Iterable[Record | str] | None = None,
+        dependencies: Record | str | Iterable[Record | str] | None = None,
         wait: bool = False,
         die: bool = True,
         args_replace: Mapping[str, Any] | None = None,
@@ -146,12 +146,12 @@ class AsyncFunctions:
 
     async def wait(
         self,
-        ids: Iterable[Record | str] | None = None,
+        ids: Record | str | Iterable[Record | str] | None = None,
         timeout: float | None = DEFAULT_WAIT,
         die: bool | None = None,
     ) -> list[AsyncJob]:
         """Wait for several jobs, as `core4.callers.Functions.wait`. Raises: JobFailed, WaitTimeout."""
-        given = list(self.scheduled_ids if ids is None else ids)
+        given = handles.listed(self.scheduled_ids if ids is None else ids)
         jobs = await self._jobs(handles.wanted(given), handles.limit(timeout))
         handles.refresh(given, jobs)
         handles.judge(jobs, timeout=timeout, die=die)
@@ -159,14 +159,14 @@ class AsyncFunctions:
 
     async def results(
         self,
-        ids: Iterable[Record | str] | None = None,
+        ids: Record | str | Iterable[Record | str] | None = None,
         timeout: float | None = DEFAULT_WAIT,
         die: bool | None = None,
         *,
         return_queues: str | Iterable[str] | None = None,
     ) -> list[Any]:
         """Wait as `wait` does; what the jobs returned, as `core4.callers.Functions.results`."""
-        given = list(self.scheduled_ids if ids is None else ids)
+        given = handles.listed(self.scheduled_ids if ids is None else ids)
         if ids is not None and not given:
             return []
         if return_queues:

@@ -122,9 +122,11 @@ async def test_basic(site: Site) -> None:
         assert job.id in [each.id for each in functions.find(state="OK", method="addition")]
         second = functions.schedule(shipped.addition, a=3, b=4)
         assert functions.results([second.id]) == [7]
-        third = functions.schedule(shipped.addition, a=5, b=6)
+        third = functions.schedule(shipped.addition, a=5, b=6, timeout="60")  # type: ignore[arg-type]
         assert third.wait() is True
-        assert third.result == 11
+        assert (third.result, third.timeout) == (11, 60)
+        assert functions.results(third) == functions.results(third.id) == [11]
+        assert [job.id for job in functions.wait(third)] == [third.id]
 
     await site.do(script)
 

@@ -8,7 +8,7 @@ import pytest
 
 from core4 import handles
 from core4.client import ApiError, QueueTimeout, Unreachable
-from core4.errors import BadOption
+from core4.errors import BadArguments, BadOption
 from core4.handles import JobFailed, Key, Pause, Record, Request, WaitTimeout
 from tests.jobs import shipped
 
@@ -140,3 +140,74 @@ def test_a_wait_for_a_debug_job_says_who_runs_it() -> None:
     assert hint in str(WaitTimeout(2, [job(1, "NEW", debug=True), job(2, "NEW")]))
     for jobs in ([job(1, "RUNNING", debug=True)], [job(1, debug=True), job(2, "NEW")]):
         assert hint not in str(WaitTimeout(2, jobs))
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"args_replace": "Bern"}, "args_replace is 'Bern', expected a mapping"),
+        ({"name": 1}, r"name is 1, expected a text; arguments of the function are passed by name"),
+        ({"category": 2}, r"category is 2, expected a text; arguments of the function are passed by name"),
+    ],
+)
+def test_options_of_a_wrong_type_are_told(options: dict[str, Any], why: str) -> None:
+    with pytest.raises(BadOption, match=why):
+        asked(**options)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "why"),
+    [
+        ({"a": 1, "b": 2, "timout": 5}, r"has no parameter .timout.; did you mean the option `timeout`\?"),
+        ({"a": 1, "b": 2, "returnqueues": []}, r"did you mean the option `return_queues`\?"),
+        ({"a": 1, "b": 2, "x": 5}, r"has no parameter .x.$"),
+        ({"a": 1}, r"needs .b.; arguments of the function are passed by name"),
+        ({}, r"needs .a.; arguments of the function are passed by name"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_told_with_what_was_meant(kwargs: dict[str, Any], why: str) -> None:
+    with pytest.raises(BadArguments, match=why):
+        asked(kwargs=kwargs)
+
+
+def test_a_parameter_that_was_meant_is_named() -> None:
+    with pytest.raises(BadArguments, match=r"no parameter .nummber.; did you mean .number.\?"):
+        asked(shipped.numbered, kwargs={"nummber": 1})
+
+
+@pytest.mark.row("M26")
+def test_values_that_no_text_names_are_refused() -> None:
+    """But for those of who passes all that he has."""
+    sent = asked(shipped.template, kwargs={}, args_replace={"name": "you", "more": object(), "sums": 1})
+    assert "hello you" in body_of(sent[0])["code"]
+    for values, why in (
+        ({"city": "Bern"}, r"would fill nothing: no text of template has \{city\} in it"),
+        ({"nam": "you"}, r"has .nam., no text of template names it; did you mean .name.\?"),
+        ({"name": "you", "cuont": 3}, r"has .cuont., .*; did you mean .count.\?"),
+    ):
+        with pytest.raises(BadOption, match=why):
+            asked(shipped.template, kwargs={}, args_replace=values)
+    with pytest.raises(BadOption, match="would fill nothing"):
+        asked(args_replace={"a": 1})
+
+
+def test_one_job_may_be_given_as_it_is() -> None:
+    one = job(1)
+    for given in (one, one.id, [one], (one.id,), iter([one])):
+        assert handles.wanted(handles.listed(given)) == [one.id]
+    assert body_of(asked(dependencies=one)[0])["dependencies"] == [one.id]
+
+
+@pytest.mark.parametrize("wrong", [[1, 2], "a", 5])
+def test_arguments_that_are_no_mapping_are_refused(wrong: Any) -> None:
+    with pytest.raises(BadOption, match=r"kwargs is .*, expected a mapping"):
+        handles.together(wrong, {})
+
+
+@pytest.mark.parametrize("wrong", ["5", True, [5]])
+def test_a_wait_is_told_its_seconds_as_a_number(wrong: Any) -> None:
+    with pytest.raises(BadOption, match=r"timeout is .*, expected a number of seconds, or None"):
+        handles.limit(wrong)
+    with pytest.raises(BadOption, match="timeout is"):
+        next(handles.pulled("one", 1, wrong))
+    assert handles.limit(None) == float("inf")
