@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,6 +30,7 @@ from core4.config import DEBUG, Settings
 from core4.database import Database
 from core4.errors import BadArguments, FreeName, SourceRefused
 from core4.handles import JobFailed, WaitTimeout
+from core4.jobs import utcnow
 from core4.logs import LogStore
 from core4.queues import JobQueue
 from core4.registry import WorkerRegistry
@@ -216,6 +218,11 @@ async def test_states_are_seen_by_queries(site: Site) -> None:
         after = functions.schedule(shipped.addition, dependencies=[jobs[0]], a=1, b=1)
         assert functions.results([after]) == [2]
         assert {job.category for job in functions.find(category="other")} == {"other"}
+        for wrong in ("FINISHED", ["OK", "FINISHED"]):
+            with pytest.raises(
+                ApiError, match=r"state. expected one of NEW, RUNNING, OK, ERROR, DONE, or a list"
+            ):
+                functions.find(state=wrong)
 
     await site.do(script)
 
@@ -557,6 +564,14 @@ async def test_one_action_per_source(site: Site) -> None:
         assert key in [row["key"] for row in functions.actions()]
 
     await site.do(look)
+
+    collection = site.house.database.collection(ACTION)
+    long_ago = utcnow() - timedelta(minutes=2)
+    await collection.update_one({"_id": key}, {"$set": {"used_at": long_ago}})
+    await site.do(script)
+    found = await collection.find_one({"_id": key})
+    assert found is not None
+    assert found["used_at"] > long_ago + timedelta(minutes=1), "it is told that it was used again"
 
 
 async def test_every_start_and_end_of_an_action_is_audited(site: Site) -> None:
