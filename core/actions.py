@@ -23,7 +23,7 @@ INDEXES = {
         IndexModel([("used_at", 1)], name="used_at"),
     )
 }
-FRESH = timedelta(hours=1)  # a use that is younger is not noted again
+FRESH = timedelta(minutes=1)  # a use that is younger is not noted again
 
 
 class ActionStore:

@@ -108,12 +108,12 @@ class Functions:
         name: str | None = None,
         category: str = "",
         timeout: float = 0,
-        dependencies: Iterable[Record | str] | None = None,
+        dependencies: Record | str | Iterable[Record | str] | None = None,
         wait: bool = False,
         die: bool = True,
         args_replace: Mapping[str, Any] | None = None,
-        return_queues: Sequence[str] | None = None,
-        return_queues_reset: Sequence[str] | None = None,
+        return_queues: str | Iterable[str] | None = None,
+        return_queues_reset: str | Iterable[str] | None = None,
         kwargs: Mapping[str, Any] | None = None,
         **more: Any,
     ) -> Job:
@@ -127,14 +127,14 @@ class Functions:
             dependencies: jobs or ids that have to end well before.
             wait: block until the job has ended.
             die: whether waiting raises if the job fails; can be said anew with each wait.
-            args_replace: fills ``{name}`` in texts of the function. Each other value is one more source to
-                store: prefer arguments.
-            return_queues: queues that are told of the job's end, well or badly.
-            return_queues_reset: queues that are emptied now.
+            args_replace: fills ``{name}`` in texts of the function, one at least. Each other value is one
+                more source to store: prefer arguments.
+            return_queues: the name of a queue that is told of the job's end, well or badly, or up to ten.
+            return_queues_reset: the name of a queue that is emptied now, or a list of names.
             kwargs: arguments of the function, those that have a name used here.
             more: arguments of the function.
 
-        Raises: SourceRefused, FreeName, BadArguments; JobFailed with `wait`.
+        Raises: SourceRefused, FreeName, BadArguments, BadOption; JobFailed with `wait`.
         """
         steps = handles.schedule(
             method,
@@ -145,8 +145,8 @@ class Functions:
             dependencies=dependencies,
             die=die,
             args_replace=args_replace,
-            return_queues=return_queues or (),
-            return_queues_reset=return_queues_reset or (),
+            return_queues=return_queues,
+            return_queues_reset=return_queues_reset,
             kwargs=handles.together(kwargs, more),
         )
         job = Job(self, self._do(steps))
@@ -157,20 +157,20 @@ class Functions:
 
     def wait(
         self,
-        ids: Iterable[Record | str] | None = None,
+        ids: Record | str | Iterable[Record | str] | None = None,
         timeout: float | None = DEFAULT_WAIT,
         die: bool | None = None,
     ) -> list[Job]:
         """Wait for several jobs; their handles in the order given, each once.
 
         Args:
-            ids: ids or jobs; default: all that were scheduled here.
+            ids: ids or jobs, or one of them; default: all that were scheduled here.
             timeout: seconds for all together, None for any time.
             die: raise if one failed, or if the time is up; default: as each was scheduled.
 
         Raises: JobFailed, WaitTimeout; ValueError if there is nothing to wait for.
         """
-        given = list(self.scheduled_ids if ids is None else ids)
+        given = handles.listed(self.scheduled_ids if ids is None else ids)
         jobs = self._jobs(handles.wanted(given), timeout=handles.limit(timeout))
         handles.refresh(given, jobs)
         handles.judge(jobs, timeout=timeout, die=die)
@@ -178,18 +178,18 @@ class Functions:
 
     def results(
         self,
-        ids: Iterable[Record | str] | None = None,
+        ids: Record | str | Iterable[Record | str] | None = None,
         timeout: float | None = DEFAULT_WAIT,
         die: bool | None = None,
         *,
-        return_queues: Sequence[str] | None = None,
+        return_queues: str | Iterable[str] | None = None,
     ) -> list[Any]:
         """Wait as `wait` does; what the jobs returned, in the same order. `[]` for an empty list.
 
         Args:
             return_queues: wait for as many records in each of these instead; then in the order of their ends.
         """
-        given = list(self.scheduled_ids if ids is None else ids)
+        given = handles.listed(self.scheduled_ids if ids is None else ids)
         if ids is not None and not given:
             return []
         if return_queues:
@@ -201,14 +201,15 @@ class Functions:
 
     def wait_queues(
         self,
-        queue_names: Sequence[str],
+        queue_names: str | Iterable[str],
         size: int,
         timeout: float = 120.0,
         die: bool | None = None,
     ) -> list[Job]:
         """Wait until each of these return queues has had `size` records; the jobs of the last, in order.
 
-        Raises: QueueTimeout; JobFailed if one of them failed, unless `die` is false.
+        Raises: QueueTimeout, whose `records` are those that had been taken out of that queue; JobFailed if
+            one of them failed, unless `die` is false: all of them are its `jobs` then.
         """
         jobs = self._jobs(self._do(handles.pulled(queue_names, size, timeout)))
         handles.judge(jobs, timeout=timeout, die=die)
@@ -330,14 +331,18 @@ def schedule(method: Callable[..., Any], /, **options: Any) -> Job:
 
 
 def wait(
-    ids: Iterable[Record | str] | None = None, timeout: float | None = DEFAULT_WAIT, die: bool | None = None
+    ids: Record | str | Iterable[Record | str] | None = None,
+    timeout: float | None = DEFAULT_WAIT,
+    die: bool | None = None,
 ) -> list[Job]:
     """`Functions.wait`, likewise."""
     return _functions().wait(ids, timeout, die)
 
 
 def results(
-    ids: Iterable[Record | str] | None = None, timeout: float | None = DEFAULT_WAIT, die: bool | None = None
+    ids: Record | str | Iterable[Record | str] | None = None,
+    timeout: float | None = DEFAULT_WAIT,
+    die: bool | None = None,
 ) -> list[Any]:
     """`Functions.results`, likewise."""
     return _functions().results(ids, timeout, die)

@@ -115,12 +115,12 @@ class AsyncFunctions:
         name: str | None = None,
         category: str = "",
         timeout: float = 0,
-        dependencies: Iterable[Record | str] | None = None,
+        dependencies: Record | str | Iterable[Record | str] | None = None,
         wait: bool = False,
         die: bool = True,
         args_replace: Mapping[str, Any] | None = None,
-        return_queues: Sequence[str] | None = None,
-        return_queues_reset: Sequence[str] | None = None,
+        return_queues: str | Iterable[str] | None = None,
+        return_queues_reset: str | Iterable[str] | None = None,
         kwargs: Mapping[str, Any] | None = None,
         **more: Any,
     ) -> AsyncJob:
@@ -134,8 +134,8 @@ class AsyncFunctions:
             dependencies=dependencies,
             die=die,
             args_replace=args_replace,
-            return_queues=return_queues or (),
-            return_queues_reset=return_queues_reset or (),
+            return_queues=return_queues,
+            return_queues_reset=return_queues_reset,
             kwargs=handles.together(kwargs, more),
         )
         job = AsyncJob(self, await self._do(steps))
@@ -146,12 +146,12 @@ class AsyncFunctions:
 
     async def wait(
         self,
-        ids: Iterable[Record | str] | None = None,
+        ids: Record | str | Iterable[Record | str] | None = None,
         timeout: float | None = DEFAULT_WAIT,
         die: bool | None = None,
     ) -> list[AsyncJob]:
         """Wait for several jobs, as `core4.callers.Functions.wait`. Raises: JobFailed, WaitTimeout."""
-        given = list(self.scheduled_ids if ids is None else ids)
+        given = handles.listed(self.scheduled_ids if ids is None else ids)
         jobs = await self._jobs(handles.wanted(given), handles.limit(timeout))
         handles.refresh(given, jobs)
         handles.judge(jobs, timeout=timeout, die=die)
@@ -159,14 +159,14 @@ class AsyncFunctions:
 
     async def results(
         self,
-        ids: Iterable[Record | str] | None = None,
+        ids: Record | str | Iterable[Record | str] | None = None,
         timeout: float | None = DEFAULT_WAIT,
         die: bool | None = None,
         *,
-        return_queues: Sequence[str] | None = None,
+        return_queues: str | Iterable[str] | None = None,
     ) -> list[Any]:
         """Wait as `wait` does; what the jobs returned, as `core4.callers.Functions.results`."""
-        given = list(self.scheduled_ids if ids is None else ids)
+        given = handles.listed(self.scheduled_ids if ids is None else ids)
         if ids is not None and not given:
             return []
         if return_queues:
@@ -178,7 +178,7 @@ class AsyncFunctions:
 
     async def wait_queues(
         self,
-        queue_names: Sequence[str],
+        queue_names: str | Iterable[str],
         size: int,
         timeout: float = 120.0,
         die: bool | None = None,

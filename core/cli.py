@@ -73,7 +73,7 @@ def _unreachable(error: Exception) -> int | None:
     from core4.service import masked
 
     if isinstance(error, Unreachable):
-        echo_error(f"{error.detail}\nIs it running? Start it with `core4 up`, or set CORE4_URL.")
+        echo_error(str(error))
     elif isinstance(error, ApiError):
         hint = "\nSet CORE4_USER and CORE4_PASSWORD, or CORE4_TOKEN." if error.status == 401 else ""
         echo_error(error.detail + hint)

@@ -92,6 +92,11 @@ class ApiError(ClientError):
 class Unreachable(ClientError):
     """The API does not answer."""
 
+    HINT = "Is it running? Start it with `core4 up`, or set CORE4_URL."
+
+    def __str__(self) -> str:
+        return f"{self.detail}\n{self.HINT}"
+
 
 class QueueTimeout(TimeoutError):
     """Not all records came in time; `records` are those that had been taken."""
@@ -432,7 +437,7 @@ class Client:
                 raise QueueTimeout(queue, size, found)
         return found
 
-    def wait_queues(self, queues: Sequence[str], size: int, timeout: float = 120.0) -> Documents:
+    def wait_queues(self, queues: str | Sequence[str], size: int, timeout: float = 120.0) -> Documents:
         """Wait until each of these return queues has had `size` records, take them, return those of the last.
 
         For jobs that put their ends into all of them.
@@ -440,7 +445,7 @@ class Client:
         Raises: QueueTimeout.
         """
         deadline, found = time.monotonic() + timeout, list[Document]()
-        for queue in queues:
+        for queue in [queues] if isinstance(queues, str) else queues:
             found = self.wait_queue(queue, size, max(deadline - time.monotonic(), 0.0))
         return found
 

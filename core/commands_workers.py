@@ -20,10 +20,18 @@ if TYPE_CHECKING:
 COLUMNS = "label name type status running slots namespaces pid beat_age timeout error".split()
 
 
+def _there(_context: click.Context, _parameter: click.Parameter, files: tuple[str, ...]) -> tuple[str, ...]:
+    """The files, if they are there. A worker that is up loads what it can, and goes on without the rest."""
+    for each in files:
+        if (each.endswith(".py") or os.sep in each) and (not os.path.exists(each) or os.path.isdir(each)):
+            raise click.BadParameter(f"there is no file {each}")
+    return files
+
+
 def jobs_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """The options of every command that runs jobs."""
     for decorate in (
-        click.argument("files", nargs=-1, metavar="[FILE]..."),
+        click.argument("files", nargs=-1, metavar="[FILE]...", callback=_there),
         click.option(
             "-m", "--module", "modules", multiple=True, help="Module or package with jobs; repeatable."
         ),
@@ -145,6 +153,7 @@ def tmux_list(output: str) -> None:
     from core4.tmux import Windows
 
     windows = Windows(load_settings().home)
+    windows._require()
     rows = [{"window": each.name, "pid": each.pid, "ended": each.dead} for each in windows.all()]
     show_rows(rows, ["window", "pid", "ended"], output, f"tmux -L {windows.socket}")
 

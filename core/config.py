@@ -675,11 +675,16 @@ def _from_file(path: Path, problems: list[str]) -> _Layer:
     return layer
 
 
+_SHORT = {f"worker_{name}": name for name in ("name", "nr", "timeout", "debug")}  # as `core4 worker` has them
+
+
 def _from_command_line(overrides: Mapping[str, Any], problems: list[str]) -> _Layer:
     layer: _Layer = {}
     for name, value in overrides.items():
-        if value is not None and value != ():
-            option = "--" + name.replace("_", "-")
+        if name not in FIELDS:
+            problems.append(f"unknown setting {name}{_did_you_mean(name, FIELDS)}")
+        elif value is not None and value != ():
+            option = "--" + _SHORT.get(name, name).replace("_", "-")
             _parse(layer, FIELDS[name], value, "command line", option, problems)
     return layer
 

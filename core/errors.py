@@ -265,7 +265,7 @@ class UnknownOption(JobInvalid):
 
 
 class BadOption(JobInvalid):
-    """A job class sets an option to a value that is not accepted."""
+    """A job class, or a call, sets an option to a value that is not accepted."""
 
     code = "bad_option"
 

@@ -6,12 +6,13 @@ asyncio client do the same: `core4.callers` and `core4.callers_async` carry the 
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import math
 import os
 import time
 import uuid
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any, TypeVar
@@ -19,7 +20,8 @@ from urllib.parse import quote
 
 from core4 import sources
 from core4.client import FIRST_RETRY, MOST_RECORDS, ApiError, ClientError, QueueTimeout, Unreachable
-from core4.errors import SourceRefused
+from core4.errors import BadArguments, BadOption, SourceRefused
+from core4.options import QUEUE_NAME, shown
 from core4.sources import Source
 
 T = TypeVar("T")
@@ -29,6 +31,11 @@ POLL = 20.0  # seconds that one request waits for jobs to end; clients wait long
 TOGETHER = 200  # jobs that one request asks for
 ENDED = frozenset({"OK", "ERROR", "DONE"})
 DEFAULT_WAIT = 100.0  # seconds that waits for several jobs last, as in myjobs
+OPTIONS = (  # of `schedule`; all else are arguments of the function
+    *("name", "category", "timeout", "dependencies", "wait", "die", "args_replace"),
+    *("return_queues", "return_queues_reset", "kwargs"),
+)
+ALIKE = 0.75  # how near a name must be to another to be taken for a slip
 
 
 @dataclass(frozen=True)
@@ -62,11 +69,16 @@ class RemoteTraceback(Exception):
 
 
 class JobFailed(ClientError):
-    """A job ended in ERROR. `job` is its handle, `error` what is known: message, traceback and more."""
+    """A job ended in ERROR. `job` is its handle, `error` what is known: message, traceback and more.
 
-    def __init__(self, job: Record) -> None:
-        super().__init__(f"job [{job.name}] ({job.id}) {_how(job)}: {job.error.get('message', '')}")
+    `jobs` are all that were waited for, in their order, as they are now: those that ended well have results.
+    """
+
+    def __init__(self, job: Record, jobs: Sequence[Record] = ()) -> None:
+        which = f"{job.method} [{job.name}] ({job.id})"
+        super().__init__(f"job {which} {_how(job)}: {job.error.get('message', '')}")
         self.job = job
+        self.jobs = list(jobs) or [job]
         self.error = job.error
         self.__cause__ = RemoteTraceback(self.error["traceback"]) if self.error.get("traceback") else None
 
@@ -76,9 +88,16 @@ class WaitTimeout(ClientError, TimeoutError):
 
     def __init__(self, seconds: float, jobs: Sequence[Record]) -> None:
         open_ = [job for job in jobs if not job.ended]
-        first = ", ".join(f"[{job.name}] is {job.state}" for job in open_[:3])
-        super().__init__(f"{len(open_)} of {len(jobs)} jobs have not ended within {seconds:g} s: {first}")
+        first = ", ".join(f"{job.method} [{job.name}] is {job.state}" for job in open_[:3])
+        debug = "; a debug job is run by `core4 worker --debug` only" if _wait_for_debug(open_) else ""
+        super().__init__(
+            f"{len(open_)} of {len(jobs)} jobs have not ended within {seconds:g} s: {first}{debug}"
+        )
         self.jobs = list(jobs)
+
+
+def _wait_for_debug(jobs: Iterable[Record]) -> bool:
+    return any(job.debug and job.state == "NEW" for job in jobs)
 
 
 def _how(job: Record) -> str:
@@ -93,7 +112,8 @@ class Record:
         self._row = row
 
     def __repr__(self) -> str:
-        return f"<job {self.name} {self.state} {self.id}>"
+        own = "" if self.name == f"j{self.id}" else f" [{self.name}]"
+        return f"<job {self.method}{own} {self.state} {self.id}>"
 
     def update(self, row: Document) -> None:
         """Take over what a new look has told."""
@@ -113,6 +133,11 @@ class Record:
     def name(self) -> str:
         """The name that its caller gave, or one made of its id."""
         return str(self._row["name"])
+
+    @property
+    def method(self) -> str:
+        """The name of its function."""
+        return str(self._row["qual_name"]).rpartition(".")[2]
 
     @property
     def category(self) -> str:
@@ -231,7 +256,10 @@ class Key:
 def captured(function: Callable[..., Any], values: Mapping[str, Any] | None = None) -> Source:
     """The source of a function that is defined in a file, checked.
 
-    Raises: SourceRefused, FreeName.
+    Args:
+        values: fill what texts of it name in braces.
+
+    Raises: SourceRefused, FreeName, BadOption.
     """
     bare = getattr(function, "__func__", function)
     if not inspect.isfunction(bare):
@@ -246,9 +274,31 @@ def captured(function: Callable[..., Any], values: Mapping[str, Any] | None = No
         raise SourceRefused(
             f"the source of {bare.__name__} cannot be read: it must be defined in a file, not in a shell"
         ) from None
-    found = sources.read(text, sources.wanted(values, sources.placeholders(text)) if values else None)
+    found = sources.read(
+        text, _fitting(values, sources.placeholders(text), bare.__name__) if values else None
+    )
     if found.method != bare.__name__:
         raise SourceRefused(f"the source of {bare.__name__} was found to be that of {found.method}")
+    return found
+
+
+def _fitting(values: Mapping[str, Any], names: Collection[str], method: str) -> dict[str, Any]:
+    """Those of `values` that texts of a function name: who passes ``locals()`` passes more.
+
+    Raises: BadOption if it names none of them, or one that is nearly the same.
+    """
+    if not isinstance(values, Mapping):
+        raise BadOption(f"args_replace is {shown(values)}, expected a mapping of names to values")
+    empty = set(names) - set(values)
+    for each in set(values) - set(names):
+        if near := difflib.get_close_matches(str(each), empty, n=1, cutoff=ALIKE):
+            raise BadOption(
+                f"args_replace has [{each}], no text of {method} names it; did you mean [{near[0]}]?"
+            )
+    found = sources.wanted(values, names)
+    if not found:
+        few = ", ".join(f"{{{each}}}" for each in list(values)[:5])
+        raise BadOption(f"args_replace would fill nothing: no text of {method} has {few} in it")
     return found
 
 
@@ -259,17 +309,19 @@ def schedule(
     name: str | None,
     category: str,
     timeout: float,
-    dependencies: Iterable[Record | str] | None,
+    dependencies: Record | str | Iterable[Record | str] | None,
     die: bool,
     args_replace: Mapping[str, Any] | None,
-    return_queues: Sequence[str],
-    return_queues_reset: Sequence[str],
+    return_queues: Iterable[str] | None,
+    return_queues_reset: Iterable[str] | None,
     kwargs: Mapping[str, Any],
 ) -> Steps[Document]:
     """The job of one call.
 
-    Raises: SourceRefused, FreeName; BadArguments for arguments that do not fit or are no JSON.
+    Raises: SourceRefused, FreeName; BadArguments for arguments that do not fit or are no JSON; BadOption.
     """
+    queues = queue_names("return_queues", return_queues)
+    emptied = queue_names("return_queues_reset", return_queues_reset)
     if key is None:
         raise SourceRefused(
             "no key to sign the function with: set CORE4_FUNCTION_KEY, or pass key=; "
@@ -279,7 +331,10 @@ def schedule(
     for each, value in kwargs.items():
         if complaint := sources.json_complaint(value):
             raise SourceRefused(f"the argument [{each}] is not JSON: {complaint}")
-    source.check_call(kwargs)
+    _check_call(source, kwargs)
+    for option, given in (("name", name), ("category", category)):
+        if not isinstance(given, str | None):
+            raise BadOption(f"{option} is {shown(given)}, expected a text; {_BY_NAME}")
     body = {
         "code": source.code,
         "signer": key.name,
@@ -291,21 +346,69 @@ def schedule(
         "timeout": timeout or 0,
         "dependencies": ids_of(dependencies or ()),
         "die": die,
-        "return_queues": list(return_queues),
+        "return_queues": queues,
     }
-    for queue in return_queues_reset:
+    for queue in emptied:
         yield Request("PUT", f"return/reset/{quote(queue, safe='')}")
     reply = yield Request("POST", "function", body)
     return dict(reply["data"])
 
 
+_BY_NAME = "arguments of the function are passed by name, as in schedule(f, a=1)"
+
+
+def _check_call(source: Source, kwargs: Mapping[str, Any]) -> None:
+    """As `Source.check_call`, with what may have been meant.
+
+    Raises: BadArguments.
+    """
+    try:
+        source.check_call(kwargs)
+    except BadArguments as error:
+        told = [
+            {**each, "message": each["message"] + _meant(each["pointer"].removeprefix("/"), source, kwargs)}
+            for each in error.facts["errors"]
+        ]
+        raise BadArguments(told) from None
+
+
+def _meant(name: str, source: Source, kwargs: Mapping[str, Any]) -> str:
+    if name not in kwargs:
+        return f"; {_BY_NAME}"
+    free = [each for each in source.parameters if each not in kwargs]
+    near = difflib.get_close_matches(name, [*free, *OPTIONS], n=1, cutoff=ALIKE)
+    if not near:
+        return ""
+    return f"; did you mean [{near[0]}]?" if near[0] in free else f"; did you mean the option `{near[0]}`?"
+
+
+def queue_names(option: str, given: Iterable[str] | None) -> list[str]:
+    """The names of return queues, of which one may be given as it is.
+
+    Raises: BadOption.
+    """
+    names = [] if given is None else listed(given)
+    if all(isinstance(each, str) and QUEUE_NAME.fullmatch(each) for each in names):
+        return names
+    raise BadOption(
+        f"{option} is {shown(given)}, expected the name of a return queue or a list of names, "
+        "each 1 to 100 of A-Z a-z 0-9 _ . : -"
+    )
+
+
+def listed(given: Any) -> list[Any]:
+    """What is given as one or as several: a text or a job is one."""
+    if isinstance(given, str | Record) or not isinstance(given, Iterable):
+        return [given]
+    return list(given)
+
+
 # ---------------------------------------------------------------------- looking and waiting
 
 
-def ids_of(jobs: Iterable[Record | str]) -> list[str]:
+def ids_of(jobs: Record | str | Iterable[Record | str]) -> list[str]:
     """The ids of jobs or ids, each once, in their order."""
-    given = [jobs] if isinstance(jobs, Record | str) else jobs
-    return list(dict.fromkeys(each.id if isinstance(each, Record) else str(each) for each in given))
+    return list(dict.fromkeys(each.id if isinstance(each, Record) else str(each) for each in listed(jobs)))
 
 
 def looked_at(ids: Sequence[str], timeout: float = 0.0) -> Steps[list[Document]]:
@@ -333,14 +436,14 @@ def _has_ended(row: Document) -> bool:
     return row["state"] in ENDED
 
 
-def pulled(queues: Sequence[str], size: int, timeout: float) -> Steps[list[str]]:
+def pulled(queues: Iterable[str], size: int, timeout: float | None) -> Steps[list[str]]:
     """The ids of the jobs in the last of these return queues, when each has had `size`; taken out of all.
 
-    Raises: QueueTimeout.
+    Raises: QueueTimeout; BadOption.
     """
-    deadline = time.monotonic() + timeout
+    deadline = time.monotonic() + limit(timeout)
     records: list[Document] = []
-    for queue in queues:
+    for queue in queue_names("queue_names", queues):
         records = yield from _records(queue, size, deadline)
     return [str(record["job_id"]) for record in records]
 
@@ -426,7 +529,12 @@ def revoke(key: str, reason: str | None) -> Steps[Document]:
 
 
 def limit(timeout: float | None) -> float:
-    """Seconds to wait; None is for ever."""
+    """Seconds to wait; None is for ever.
+
+    Raises: BadOption.
+    """
+    if timeout is not None and (isinstance(timeout, bool) or not isinstance(timeout, int | float)):
+        raise BadOption(f"timeout is {shown(timeout)}, expected a number of seconds, or None")
     return math.inf if timeout is None else timeout
 
 
@@ -452,8 +560,10 @@ def refresh(given: Iterable[Record | str], jobs: Sequence[Record]) -> None:
 def together(kwargs: Mapping[str, Any] | None, more: Mapping[str, Any]) -> Document:
     """The arguments of a call, those of a mapping and those by name.
 
-    Raises: TypeError for one that is given twice.
+    Raises: TypeError for one that is given twice; BadOption.
     """
+    if not isinstance(kwargs, Mapping | None):
+        raise BadOption(f"kwargs is {shown(kwargs)}, expected a mapping of the function's arguments")
     if twice := sorted(set(kwargs or ()) & set(more)):
         raise TypeError(f"argument {twice[0]} is given in kwargs and by name")
     return {**(kwargs or {}), **more}
@@ -467,7 +577,7 @@ def judge(jobs: Sequence[Record], *, timeout: float | None, die: bool | None) ->
     """
     for job in jobs:
         if job.state == "ERROR" and (job.die if die is None else die):
-            raise JobFailed(job)
+            raise JobFailed(job, jobs)
     ended = all(job.ended for job in jobs)
     if not ended and die is not False:
         raise WaitTimeout(timeout or 0.0, jobs)

@@ -168,6 +168,13 @@ class Words(List):
             raise ValueError
         return words
 
+    def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> Any:
+        try:
+            return self.read(value)
+        except (TypeError, ValueError):
+            words = ", ".join(FUNCTION_STATES)
+            raise ValidationError(f"parameter [{attr}] expected one of {words}, or a list of them") from None
+
 
 _TEXTS = ("worker", "max_running_key", "rate_limit", "return_queues")
 

@@ -1,12 +1,14 @@
 """Start, look at and stop workers from Python, under the names that myjobs documents.
 
 Each call takes settings as keywords (`jobs`, `slots`, `namespaces`, `functions`, ...) over those of the
-environment. What is started in processes ends with the process that started it; windows of tmux stay.
+environment; a list may be written as there, too (`jobs="my_jobs.py"`). `ConfigError` says what is wrong.
+What is started in processes ends with the process that started it; windows of tmux stay.
 """
 
 from __future__ import annotations
 
 import asyncio
+import difflib
 import getpass
 import signal
 import subprocess
@@ -16,10 +18,12 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any, Literal, TypeVar
 
-from core4.config import Settings
+from core4.config import FIELDS, Settings
 from core4.controls import ControlStore
 from core4.database import Database, Document
 from core4.embedded import database_url
+from core4.errors import ConfigError
+from core4.options import shown
 from core4.pool import WORKER, environ_of
 from core4.queues import JobQueue
 from core4.registry import LIVING, WorkerRegistry, described
@@ -28,6 +32,8 @@ from core4.tmux import Windows
 
 T = TypeVar("T")
 Type = Literal["inprocess", "subprocess", "tmux"]
+_ARGUMENTS = ("nr", "debug", "nr_fixed_workers", "nr_workers", "minimum", "maximum")  # beside settings
+_MOST_WORKERS, _MOST_NR = 1000, 10_000
 
 _started: list[WorkerPool] = []
 
@@ -115,6 +121,7 @@ def worker_inprocess_start(nr: int = 1, debug: bool = False, **settings: Any) ->
 
     For tests and for looking at a job closely. Main thread only, without a running event loop.
     """
+    _check("nr", nr, _MOST_NR)
     return _run_here(_load(settings, worker_nr=nr, worker_debug=debug, worker_jobs=1))
 
 
@@ -123,6 +130,7 @@ worker_start = worker_inprocess_start
 
 def worker_subprocess_start(nr: int | None = None, debug: bool = False, **settings: Any) -> WorkerPool:
     """Start one worker as a child process; returns at once. Main thread only."""
+    _check("nr", nr, _MOST_NR)
     return _start(_load(settings, worker_nr=nr, worker_debug=debug), "--processes", "1")
 
 
@@ -140,7 +148,17 @@ def workers_subprocess_start(
         nr_fixed_workers: so many workers; without it as many as there is work for.
         minimum: at least so many then.
         maximum: at most so many then.
+
+    Raises: ConfigError.
     """
+    for name, value in (
+        ("nr_fixed_workers", nr_fixed_workers),
+        ("minimum", minimum),
+        ("maximum", maximum),
+    ):
+        _check(name, value, _MOST_WORKERS)
+    if nr_fixed_workers is None and minimum > maximum:
+        raise ConfigError(f"minimum is {minimum}, maximum only {maximum}")
     given = _load(settings, worker_debug=debug)
     if nr_fixed_workers is not None:
         return _start(given, "--processes", str(nr_fixed_workers))
@@ -149,14 +167,17 @@ def workers_subprocess_start(
 
 def worker_tmux_start(nr: int | None = None, debug: bool = False, **settings: Any) -> None:
     """See to it that the worker w<nr> (w1) runs in a window of tmux; nothing happens if it does."""
+    _check("nr", nr, _MOST_NR)
     given = _load(settings, worker_debug=debug)
     windows = Windows(given.home)
+    windows._require()
     there = windows.wanted if windows.is_open() else ""
     windows.open(given, max(nr or 1, int(there) if there.isdigit() else 0))
 
 
 def workers_tmux_start(nr_workers: int = 4, debug: bool = False, **settings: Any) -> None:
     """Run so many workers in windows of tmux, which outlive this process. Again: changes their number."""
+    _check("nr_workers", nr_workers, _MOST_WORKERS)
     given = _load(settings, worker_debug=debug)
     Windows(given.home).open(given, nr_workers)
 
@@ -168,6 +189,8 @@ def start_worker(type: Type = "subprocess", nr: int | None = None, **settings: A
         "subprocess": worker_subprocess_start,
         "tmux": worker_tmux_start,
     }
+    if type not in start:
+        raise ConfigError(f"type is {shown(type)}, expected one of {', '.join(start)}")
     return start[type](nr, **settings)
 
 
@@ -211,7 +234,19 @@ def stop(graceful: bool = True, timeout: float = 60.0, hard: bool = True, **sett
 
 
 def _load(given: dict[str, Any], **own: Any) -> Settings:
+    for name in given:
+        if name not in FIELDS:
+            near = difflib.get_close_matches(name, [*_ARGUMENTS, *FIELDS], n=1)
+            hint = f", did you mean {near[0]}?" if near else "; `core4 config` lists all settings"
+            raise ConfigError(f"{name} is neither an argument here nor a setting{hint}")
     return Settings.load(**{**given, **own})
+
+
+def _check(name: str, value: Any, most: int) -> None:
+    is_whole = isinstance(value, int) and not isinstance(value, bool)
+    if value is not None and not (is_whole and 1 <= value <= most):
+        hint = "; start_worker(type, nr) starts one of a type" if isinstance(value, str) else ""
+        raise ConfigError(f"{name} is {shown(value)}, expected a whole number from 1 to {most}{hint}")
 
 
 def _start(settings: Settings, *options: str) -> WorkerPool:

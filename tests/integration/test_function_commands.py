@@ -9,9 +9,11 @@ from dataclasses import replace
 import pytest
 
 from core4 import cli
+from core4.actions import ACTION
 from core4.callers import Functions
 from core4.client import Client
 from core4.config import Settings
+from core4.database import Database
 from core4.handles import Key
 from core4.users import UserStore
 from tests.integration.driver import Api
@@ -91,6 +93,24 @@ async def test_what_was_sent_is_listed_shown_and_revoked(key: str, capsys: Captu
     assert "revoked by ann: a test" in capsys.readouterr().out
 
 
+async def test_the_beginning_of_a_key_is_enough(
+    key: str, api: Api, database: Database, capsys: Captured
+) -> None:
+    """If it is that of one."""
+    assert await core4("show", key[:6].upper()) == 0
+    assert capsys.readouterr().out.startswith(f"{key}  signed by ann")
+    assert await core4("revoke", key[:10]) == 0
+    assert capsys.readouterr().out == "addition is revoked by ann\n"
+
+    document = await database.collection(ACTION).find_one({"_id": key})
+    assert document is not None
+    twin = key[:8] + ("0" if key[8] != "0" else "1") * 56
+    await database.collection(ACTION).insert_one({**document, "_id": twin})
+    assert await core4("show", key[:8]) == 2
+    assert f"2 keys begin with {key[:8]}" in capsys.readouterr().err
+    assert await core4("show", key[:9]) == 0
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -100,8 +120,10 @@ async def test_what_was_sent_is_listed_shown_and_revoked(key: str, capsys: Captu
         (["list", "all"], "unexpected extra argument"),
         (["list", "-o", "yaml"], "'yaml' is not one of"),
         (["show"], "Missing argument 'KEY'"),
-        (["show", "0" * 64], "not found"),
+        (["show", "0" * 64], "not found; `core4 function list` shows the keys"),
         (["show", "../user"], "not found"),
+        (["show", "0" * 6], "function [000000] not found; `core4 function list` shows the keys"),
+        (["show", "0" * 5], "of a key 6 digits are needed"),
         (["revoke"], "Missing argument 'KEY'"),
         (["revoke", "0" * 64], "not found"),
         (["revoke", "0" * 64, "--why", "x"], "No such option"),

@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,6 +30,7 @@ from core4.config import DEBUG, Settings
 from core4.database import Database
 from core4.errors import BadArguments, FreeName, SourceRefused
 from core4.handles import JobFailed, WaitTimeout
+from core4.jobs import utcnow
 from core4.logs import LogStore
 from core4.queues import JobQueue
 from core4.registry import WorkerRegistry
@@ -122,9 +124,11 @@ async def test_basic(site: Site) -> None:
         assert job.id in [each.id for each in functions.find(state="OK", method="addition")]
         second = functions.schedule(shipped.addition, a=3, b=4)
         assert functions.results([second.id]) == [7]
-        third = functions.schedule(shipped.addition, a=5, b=6)
+        third = functions.schedule(shipped.addition, a=5, b=6, timeout="60")  # type: ignore[arg-type]
         assert third.wait() is True
-        assert third.result == 11
+        assert (third.result, third.timeout) == (11, 60)
+        assert functions.results(third) == functions.results(third.id) == [11]
+        assert [job.id for job in functions.wait(third)] == [third.id]
 
     await site.do(script)
 
@@ -214,6 +218,11 @@ async def test_states_are_seen_by_queries(site: Site) -> None:
         after = functions.schedule(shipped.addition, dependencies=[jobs[0]], a=1, b=1)
         assert functions.results([after]) == [2]
         assert {job.category for job in functions.find(category="other")} == {"other"}
+        for wrong in ("FINISHED", ["OK", "FINISHED"]):
+            with pytest.raises(
+                ApiError, match=r"state. expected one of NEW, RUNNING, OK, ERROR, DONE, or a list"
+            ):
+                functions.find(state=wrong)
 
     await site.do(script)
 
@@ -556,6 +565,14 @@ async def test_one_action_per_source(site: Site) -> None:
 
     await site.do(look)
 
+    collection = site.house.database.collection(ACTION)
+    long_ago = utcnow() - timedelta(minutes=2)
+    await collection.update_one({"_id": key}, {"$set": {"used_at": long_ago}})
+    await site.do(script)
+    found = await collection.find_one({"_id": key})
+    assert found is not None
+    assert found["used_at"] > long_ago + timedelta(minutes=1), "it is told that it was used again"
+
 
 async def test_every_start_and_end_of_an_action_is_audited(site: Site) -> None:
     values = {"name": os.urandom(8).hex()}
@@ -865,9 +882,14 @@ async def test_failures_go_to_return_queues(site: Site) -> None:
         assert [job.id for job in told] == [bad.id, after.id]
         assert told[1].error["dependency_failure"] == bad.id
 
-        functions.schedule(shipped.divide, return_queues=[queue], a=1)
-        with pytest.raises(JobFailed):
-            functions.wait_queue(queue)
+        both = [
+            functions.schedule(shipped.divide, return_queues=queue, a=1),
+            functions.schedule(shipped.addition, return_queues=queue, a=1, b=1),
+        ]
+        with pytest.raises(JobFailed) as raised:
+            functions.wait_queues(queue, 2)
+        assert raised.value.job.id == both[0].id
+        assert {job.id: job.result for job in raised.value.jobs} == {both[0].id: None, both[1].id: 2}
 
     await site.do(script)
 

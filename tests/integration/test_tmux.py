@@ -13,8 +13,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from core4 import workers
 from core4.controls import ControlStore
 from core4.database import Database
+from core4.errors import ConfigError
 from core4.queues import JobQueue
 from core4.registry import WorkerRegistry
 from core4.tmux import SUPERVISOR, Windows
@@ -148,11 +150,26 @@ async def test_one_looks_at_a_window(environ: Mapping[str, str]) -> None:
     assert (missing.returncode, "no window w9" in missing.stderr) == (2, True)
 
 
-async def test_without_tmux_it_says_what_to_do(environ: Mapping[str, str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "words", [("worker", "--tmux", "2"), *(("tmux", w) for w in ("list", "attach", "stop"))]
+)
+async def test_without_tmux_it_says_what_to_do(
+    environ: Mapping[str, str], tmp_path: Path, words: tuple[str, ...]
+) -> None:
     """Nothing is started then."""
     bare = {**environ, "PATH": str(tmp_path)}
-    done = core4(bare, "worker", "--tmux", "2")
+    done = core4(bare, *words)
 
     assert done.returncode == 2
     assert done.stderr.startswith("Error: tmux is not installed")
     assert "--processes" in done.stderr
+
+
+async def test_without_tmux_nothing_is_opened_from_python(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for start in (workers.worker_tmux_start, workers.workers_tmux_start):
+        with pytest.raises(ConfigError, match="tmux is not installed"):
+            start(home=tmp_path / "home")
+    assert not (tmp_path / "home").exists()

@@ -180,8 +180,10 @@ def test_silent_server_is_left() -> None:
 def test_nobody_listens() -> None:
     """An API that does not run is reported at once, with its address."""
     url = f"http://127.0.0.1:{free_port()}"
-    with Client(url) as client, pytest.raises(Unreachable, match=f"{url}: connection refused"):
+    with Client(url) as client, pytest.raises(Unreachable, match=f"{url}: connection refused\n") as raised:
         client.show("a")
+    assert str(raised.value).endswith("\nIs it running? Start it with `core4 up`, or set CORE4_URL.")
+    assert "\n" not in raised.value.detail
 
 
 def test_no_api_behind_the_url() -> None:
