@@ -803,11 +803,15 @@ class Wire:
     async def cut(self) -> None:
         assert self._server is not None
         self._server.close()
+        await self.snap()
+        await self._server.wait_closed()
+
+    async def snap(self) -> None:
+        """Break off all connections; new ones can be made at once."""
         for end in tuple(self._ends):
             end.transport.abort()
         if self._tasks:
-            await asyncio.wait(self._tasks)
-        await self._server.wait_closed()
+            await asyncio.wait(set(self._tasks))
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()

@@ -1,0 +1,42 @@
+"""What wakes a worker: the change stream, however often it breaks off."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from core4.database import Database
+from core4.states import State
+from tests.integration.test_calls import CALLING, SPACES
+from tests.integration.test_lending import house
+from tests.integration.test_schedules import Wire
+from tests.integration.test_task_runs import Floor
+from tests.integration.test_worker import House
+
+__all__ = ["house"]  # the fixture
+
+CUTS = 100
+POLL = 60.0  # seconds: whoever waits for a look of the worker's own waits for 45 at least
+
+
+async def test_no_job_waits_for_a_look_when_the_stream_breaks_off(
+    mongo_url: str, house: House, tmp_path: Path
+) -> None:
+    """A job before each of a hundred cuts: what the stream did not tell is found when it is open again."""
+    wire = Wire(mongo_url)
+    await wire.mend()
+    url = f"mongodb://127.0.0.1:{wire.port}/?directConnection=true"
+    far = await Database.connect(url, house.database.name, timeout=0.5)
+    cut_off = House(far, replace(house.settings, poll=POLL), house.queue, house.logs, house.registry)
+    async with cut_off.worker(CALLING, namespaces=SPACES, slots=4):
+        floor = Floor(house, tmp_path)
+        ids = []
+        for n in range(CUTS):
+            ids.append(await floor.submit("CALL:add", a=n, b=1))
+            await wire.snap()
+        ended = [await house.reach(job_id, timeout=40) for job_id in ids]
+    await far.close()
+    await wire.cut()
+
+    assert [job.document["result"] for job in ended] == [n + 1 for n in range(CUTS)]
+    assert {job.state for job in ended} == {State.COMPLETE}
