@@ -1,0 +1,198 @@
+"""What a shipped function is kept from, and what goes on working behind its doors.
+
+Most of it in a process that shuts itself in as that of a function does: no worker is needed for that.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers import ROOT, clean_environ, program
+
+BEHIND = """
+import json, os, sys
+from core4.worker import confine
+from tests.jobs import sandboxed
+name, folder, ports, args = sys.argv[1], *map(json.loads, sys.argv[2:])
+os.chdir(folder)
+os.environ.update(HOME=folder, TMPDIR=folder)
+if ports is not None:
+    confine.confine([folder], ports)
+print(json.dumps(getattr(sandboxed, name)(*args)))
+"""
+
+
+def behind(folder: Path, name: str, *args: Any, ports: Sequence[int] | None = ()) -> Any:
+    """What one of `tests.jobs.sandboxed` finds in a folder of its own; with no `ports` it is not shut in."""
+    folder.mkdir(exist_ok=True)
+    done = subprocess.run(
+        [sys.executable, "-c", BEHIND, name, *map(json.dumps, (str(folder), ports, args))],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture
+def port() -> Iterator[int]:
+    """A port, for TCP and what is built on it, where a server greets whoever comes."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def greet() -> None:
+            while True:
+                try:
+                    peer, _ = server.accept()
+                except OSError:
+                    return
+                with peer:
+                    peer.sendall(b"hello")
+
+        greeter = threading.Thread(target=greet)
+        greeter.start()
+        yield int(server.getsockname()[1])
+        server.shutdown(socket.SHUT_RDWR)
+        greeter.join()
+
+
+def test_unix_sockets_are_out_of_reach(tmp_path: Path) -> None:
+    """Behind one is a shell of the same user: windows of workers, a container service, an agent with keys."""
+    path, mark = tmp_path / "socket", tmp_path / "mark"
+    tmux = ["tmux", "-S", str(tmp_path / "tmux"), "-f", os.devnull]
+    command = [*tmux, "run-shell", f"touch {mark}"]
+    subprocess.run([*tmux, "new-session", "-d"], check=True)
+    try:
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(str(path))
+            server.listen()
+            free = behind(tmp_path / "free", "talks_to", str(path), command, ports=None)
+            assert (free, mark.exists()) == ({"stream": "connected", "pair": "made", "program": "0"}, True)
+            mark.unlink()
+            shut = behind(tmp_path / "shut", "talks_to", str(path), command)
+    finally:
+        subprocess.run([*tmux, "kill-server"], check=True)
+
+    assert (shut["stream"], shut["pair"]) == ("PermissionError", "PermissionError")
+    assert shut["program"] != "0"
+    assert not mark.exists()
+
+
+def test_a_closed_port_is_reached_by_no_way(tmp_path: Path, port: int) -> None:
+    """Nor is one that is open reached by any but the plain one, which is looked at."""
+    free = behind(tmp_path / "free", "connects", port, ports=None)
+    assert free["plain"] == "hello"
+    closed = behind(tmp_path / "closed", "connects", port, ports=[80])
+    opened = behind(tmp_path / "opened", "connects", port, ports=[port])
+
+    assert set(closed.values()) <= {"EACCES", "EPERM"}, closed
+    assert opened.pop("plain") == "hello"
+    assert set(opened.values()) == {"EPERM"}
+
+
+def test_nobody_is_listened_to(tmp_path: Path) -> None:
+    shut = behind(tmp_path / "shut", "listens", ports=[80])
+
+    assert set(shut.values()) == {"PermissionError"}
+
+
+def test_what_no_function_needs_of_the_kernel_is_refused(tmp_path: Path) -> None:
+    told = behind(tmp_path / "shut", "calls")
+
+    # So that the C library takes the older call, whose flags can be seen.
+    assert told.pop("clone3") == "ENOSYS"
+    assert {name: said for name, said in told.items() if said != "EPERM"} == {}
+    assert len(told) > 40
+
+
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="only this machine has two kinds of calls")
+def test_the_numbers_of_another_machine_are_refused(tmp_path: Path) -> None:
+    """The same number is another call there."""
+    assert behind(tmp_path / "shut", "foreign") == -1
+
+
+def test_usual_means_go_on_working(tmp_path: Path, port: int) -> None:
+    told = behind(tmp_path / "shut", "works", port, ports=[port])
+
+    assert told == {
+        "copied": ["text"] * 3,
+        "temporary": True,
+        "gone": True,
+        "packed": ["text"] * 2,
+        "programs": ["ran\n", "2\n", "3\n", 0, 0],
+        "threads": [0, 1, 2],
+        "fork": 5,
+        "asyncio": ["loop\n", "hello"],
+        "tcp": "hello",
+        "udp": "by udp",
+        "pair": "pair",
+        "name": "127.0.0.1",
+        "zone": True,
+        "limit": [0, 0],
+        "nice": True,
+        "module": True,
+    }
+
+
+# A kernel that answers a call with an error, always or with this first argument; then the command.
+LACKING = """
+import ctypes, os, struct, sys
+number, first, error, command = *map(int, sys.argv[1:4]), sys.argv[4:]
+libc = ctypes.CDLL(None, use_errno=True)
+refused = (0x06, 0, 0, 0x00050000 | error)
+looked_at = [] if first < 0 else [(0x20, 0, 0, 16), (0x15, 1, 0, first), (0x06, 0, 0, 0x7FFF0000)]
+steps = [(0x20, 0, 0, 0), (0x15, 0, len(looked_at) + 1, number), *looked_at, refused]
+steps.append((0x06, 0, 0, 0x7FFF0000))
+class Filter(ctypes.Structure):
+    _fields_ = (("count", ctypes.c_ushort), ("code", ctypes.c_char_p))
+code = Filter(len(steps), b"".join(struct.pack("=HBBI", *step) for step in steps))
+assert libc.prctl(38, 1, 0, 0, 0) == 0
+assert libc.prctl(22, 2, ctypes.byref(code), 0, 0) == 0
+os.execv(command[0], command)
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "first", "error", "what"),
+    [
+        ({"x86_64": 157, "aarch64": 167}, 22, errno.EINVAL, "functions need seccomp"),
+        ({"x86_64": 444, "aarch64": 444}, -1, errno.ENOSYS, "functions need Landlock"),
+        ({"x86_64": 444, "aarch64": 444}, -1, errno.EOPNOTSUPP, "functions need Landlock"),
+    ],
+)
+def test_a_worker_that_cannot_shut_the_door_does_not_start(
+    number: dict[str, int], first: int, error: int, what: str, tmp_path: Path
+) -> None:
+    """On a kernel without what it takes."""
+    lacking = [sys.executable, "-c", LACKING, *map(str, (number[os.uname().machine], first, error))]
+    environ = clean_environ(
+        CORE4_MONGO_URL="mongodb://127.0.0.1:9",
+        CORE4_HOME=str(tmp_path),
+        CORE4_FUNCTIONS="true",
+        CORE4_FUNCTION_KEYS="ann:" + "k" * 40,
+    )
+    done = subprocess.run(
+        [*lacking, program("core4"), "worker"],
+        env=environ,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+
+    assert done.returncode == 1, done.stderr
+    assert what in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,232 @@
+"""Shut calls of the kernel to the running process, for good, and to whatever it starts.
+
+`worker.confine` keeps a process from files and ports. This is for what Landlock does not look at: a filter
+that the kernel asks at each call. It sees the numbers in a call's arguments and nothing that they point to:
+a call whose harm depends on a path is refused whole. Loads nothing but the interpreter.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import struct
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from core4.errors import Core4Error
+
+_SET_SECCOMP, _FILTER = 22, 2  # of prctl
+
+# The machines that are known: what the kernel calls them, and where their numbers stand in the table below.
+_MACHINES = {"x86_64": (0xC000003E, 0), "aarch64": (0xC00000B7, 1)}
+_SECOND_SET = 0x40000000  # numbers from here on are x32, a second set of the same calls on x86_64
+
+# Only those that a rule below names.
+_NUMBERS: dict[str, tuple[int | None, int | None]] = {
+    "add_key": (248, 217),
+    "bpf": (321, 280),
+    "clone": (56, 220),
+    "clone3": (435, 435),
+    "fsconfig": (431, 431),
+    "fsmount": (432, 432),
+    "fsopen": (430, 430),
+    "fspick": (433, 433),
+    "io_uring_enter": (426, 426),
+    "io_uring_register": (427, 427),
+    "io_uring_setup": (425, 425),
+    "kcmp": (312, 272),
+    "kexec_file_load": (320, 294),
+    "kexec_load": (246, 104),
+    "keyctl": (250, 219),
+    "listen": (50, 201),
+    "mount": (165, 40),
+    "mount_setattr": (442, 442),
+    "move_mount": (429, 429),
+    "open_tree": (428, 428),
+    "open_tree_attr": (467, 467),
+    "perf_event_open": (298, 241),
+    "pidfd_getfd": (438, 438),
+    "pivot_root": (155, 41),
+    "process_madvise": (440, 440),
+    "process_vm_readv": (310, 270),
+    "process_vm_writev": (311, 271),
+    "ptrace": (101, 117),
+    "request_key": (249, 218),
+    "sendmmsg": (307, 269),
+    "sendmsg": (46, 211),
+    "sendto": (44, 206),
+    "setns": (308, 268),
+    "setsockopt": (54, 208),
+    "socket": (41, 198),
+    "socketpair": (53, 199),
+    "umount2": (166, 39),
+    "unshare": (272, 97),
+    "userfaultfd": (323, 282),
+}
+
+# ---------------------------------------------------------------------- what is refused
+
+
+@dataclass(frozen=True)
+class Is:
+    """True of a call if the argument in this place, as far as `mask` goes, is one of `values`."""
+
+    place: int
+    values: Sequence[int]
+    mask: int = 0xFFFFFFFF
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What becomes of these calls: allowed if one of `cases` is all true, answered with `answer` otherwise.
+
+    With `refuse` the other way round.
+    """
+
+    calls: str
+    cases: Sequence[Sequence[Is]] = ()
+    answer: int = errno.EPERM
+    refuse: bool = False
+
+
+_KIND, _STREAM, _DATAGRAM, _PACKETS = 0xF, 1, 2, 5  # of sockets; above the mask are flags
+_UNIX, _INTERNET = 1, (2, 10)
+_TCP, _UDP = (0, 6), (0, 17)
+_FAST_OPEN = 0x20000000
+_NAMESPACES = 0x7E020000  # all that clone can make
+_RULES = (
+    # Unix sockets lead to programs of the same user that do what they are told. TCP by way of another
+    # protocol, or with data in its first packet, passes by the rule for ports; so do others that few know.
+    Rule(
+        "socket",
+        [
+            [Is(0, _INTERNET), Is(1, (_STREAM,), _KIND), Is(2, _TCP)],
+            [Is(0, _INTERNET), Is(1, (_DATAGRAM,), _KIND), Is(2, _UDP)],
+        ],
+    ),
+    # A pair of streams belongs together; one of datagrams can be sent elsewhere.
+    Rule("socketpair", [[Is(0, (_UNIX,)), Is(1, (_STREAM, _PACKETS), _KIND)]]),
+    Rule("sendto sendmmsg", [[Is(3, (0,), _FAST_OPEN)]]),
+    Rule("sendmsg", [[Is(2, (0,), _FAST_OPEN)]]),
+    # TCP_FASTOPEN, TCP_FASTOPEN_CONNECT, and TCP_ULP, which makes of it what it was not.
+    Rule("setsockopt", [[Is(1, (6,)), Is(2, (23, 30, 31))]], refuse=True),
+    # A socket that was bound to no port gets one by this.
+    Rule("listen"),
+    # What does other calls, unseen.
+    Rule("io_uring_setup io_uring_enter io_uring_register"),
+    # A privileged user in a world of his own has more of the kernel to try. The flags of clone3 are in
+    # memory, and the C library takes clone where it is not there.
+    Rule("unshare setns"),
+    Rule("clone", [[Is(0, (0,), _NAMESPACES)]]),
+    Rule("clone3", answer=errno.ENOSYS),
+    Rule("mount umount2 pivot_root fsopen fsconfig fsmount fspick move_mount mount_setattr"),
+    Rule("open_tree open_tree_attr"),
+    # Other processes of the user, the worker first.
+    Rule("ptrace process_vm_readv process_vm_writev process_madvise pidfd_getfd kcmp"),
+    Rule("add_key request_key keyctl"),
+    # Large, seldom needed, and often the way into the kernel.
+    Rule("bpf perf_event_open userfaultfd kexec_load kexec_file_load"),
+)
+
+# ---------------------------------------------------------------------- as the kernel wants it
+
+# Instructions: load, keep some bits, compare, go on, answer.
+_LOAD, _AND, _EQUAL, _AT_LEAST, _GO, _ANSWER = 0x20, 0x54, 0x15, 0x35, 0x05, 0x06
+_ALLOW, _REFUSE = 0x7FFF0000, 0x00050000
+# Where they are in what the filter is shown; of an argument the half that the kernel takes of all of these.
+_NUMBER, _MACHINE, _FIRST_ARGUMENT = 0, 4, 16
+
+_Code = list[tuple[int, int, int, int]]
+
+
+def _refused(answer: int) -> _Code:
+    return [(_ANSWER, 0, 0, _REFUSE | answer)]
+
+
+_ALLOWED: _Code = [(_ANSWER, 0, 0, _ALLOW)]
+
+
+def _unless(test: int, value: int, then: _Code) -> _Code:
+    """`then` if what is loaded passes the test, else what comes behind."""
+    return [(test, 0, len(then), value), *then]
+
+
+def _case(conditions: Sequence[Is], answer: _Code) -> _Code:
+    """`answer` if all are true, else what comes behind."""
+    code = answer
+    for one in reversed(conditions):
+        # Each value that it is goes on to `code`; behind the last one, past it.
+        compared = [(_EQUAL, len(one.values) - nr, 0, value) for nr, value in enumerate(one.values)]
+        load: _Code = [(_LOAD, 0, 0, _FIRST_ARGUMENT + 8 * one.place), (_AND, 0, 0, one.mask)]
+        code = [*load, *compared, (_GO, 0, 0, len(code)), *code]
+    return code
+
+
+def _body(rule: Rule) -> _Code:
+    met, otherwise = _ALLOWED, _refused(rule.answer)
+    if rule.refuse:
+        met, otherwise = otherwise, met
+    return [*(step for case in rule.cases for step in _case(case, met)), *otherwise]
+
+
+def _program(machine: str) -> _Code:
+    """The filter for one kind of machine."""
+    name, column = _MACHINES[machine]
+    code: _Code = [
+        (_LOAD, 0, 0, _MACHINE),
+        (_EQUAL, 1, 0, name),
+        *_refused(errno.EPERM),
+        (_LOAD, 0, 0, _NUMBER),
+    ]
+    code += _unless(_AT_LEAST, _SECOND_SET, _refused(errno.EPERM))
+    for rule in _RULES:
+        for call in rule.calls.split():
+            number = _NUMBERS[call][column]
+            if number is not None:
+                code += _unless(_EQUAL, number, _body(rule))
+    return [*code, *_ALLOWED]
+
+
+class _Filter(ctypes.Structure):
+    _fields_ = (("count", ctypes.c_ushort), ("code", ctypes.c_char_p))
+
+
+class CannotConfine(Core4Error):
+    """This machine cannot keep a shipped function from what is not its own."""
+
+    code = "cannot_confine"
+
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def require() -> None:
+    """Raises: CannotConfine if this machine cannot."""
+    machine = os.uname().machine
+    if machine not in _MACHINES or sys.maxsize < 1 << 32:
+        raise CannotConfine(
+            "functions need a filter of the kernel's calls, which is made for 64 bits of "
+            f"{' and '.join(_MACHINES)}; this is {machine}"
+        )
+    # A kernel that can looks for the filter first, and finds that there is none.
+    ctypes.set_errno(0)
+    if _libc.prctl(_SET_SECCOMP, _FILTER, None, 0, 0) == 0 or ctypes.get_errno() != errno.EFAULT:
+        raise CannotConfine(
+            "functions need seccomp, which keeps them from calls of the kernel that they do not need: a "
+            "kernel with CONFIG_SECCOMP_FILTER, and nothing that forbids its use"
+        )
+
+
+def restrict() -> None:
+    """From here on the calls of `_RULES` are refused. No new privileges: that must be set before.
+
+    Raises: CannotConfine.
+    """
+    require()
+    code = _program(os.uname().machine)
+    packed = b"".join(struct.pack("=HBBI", *step) for step in code)
+    given = _Filter(len(code), packed)
+    if _libc.prctl(_SET_SECCOMP, _FILTER, ctypes.byref(given), 0, 0) != 0:
+        raise CannotConfine(f"seccomp: {os.strerror(ctypes.get_errno())}")
