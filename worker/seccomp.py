@@ -36,6 +36,7 @@ _NUMBERS: dict[str, tuple[int | None, int | None]] = {
     "io_uring_enter": (426, 426),
     "io_uring_register": (427, 427),
     "io_uring_setup": (425, 425),
+    "ioprio_set": (251, 30),
     "kcmp": (312, 272),
     "kexec_file_load": (320, 294),
     "kexec_load": (246, 104),
@@ -49,15 +50,21 @@ _NUMBERS: dict[str, tuple[int | None, int | None]] = {
     "perf_event_open": (298, 241),
     "pidfd_getfd": (438, 438),
     "pivot_root": (155, 41),
+    "prlimit64": (302, 261),
     "process_madvise": (440, 440),
     "process_vm_readv": (310, 270),
     "process_vm_writev": (311, 271),
     "ptrace": (101, 117),
     "request_key": (249, 218),
+    "sched_setaffinity": (203, 122),
+    "sched_setattr": (314, 274),
+    "sched_setparam": (142, 118),
+    "sched_setscheduler": (144, 119),
     "sendmmsg": (307, 269),
     "sendmsg": (46, 211),
     "sendto": (44, 206),
     "setns": (308, 268),
+    "setpriority": (141, 140),
     "setsockopt": (54, 208),
     "socket": (41, 198),
     "socketpair": (53, 199),
@@ -96,6 +103,11 @@ _UNIX, _INTERNET = 1, (2, 10)
 _TCP, _UDP = (0, 6), (0, 17)
 _FAST_OPEN = 0x20000000
 _NAMESPACES = 0x7E020000  # all that clone can make
+_SELF = 0
+_OWN = ((Is(0, (_SELF,)),),)
+_OWN_OF_KIND = ((Is(0, (0,)), Is(1, (_SELF,))),)
+
+
 _RULES = (
     # Unix sockets lead to programs of the same user that do what they are told. TCP by way of another
     # protocol, or with data in its first packet, passes by the rule for ports; so do others that few know.
@@ -124,6 +136,9 @@ _RULES = (
     Rule("mount umount2 pivot_root fsopen fsconfig fsmount fspick move_mount mount_setattr"),
     Rule("open_tree open_tree_attr"),
     # Other processes of the user, the worker first.
+    Rule("prlimit64 sched_setaffinity sched_setattr sched_setparam sched_setscheduler", _OWN),
+    Rule("setpriority", _OWN_OF_KIND),
+    Rule("ioprio_set", [[Is(0, (1,)), Is(1, (_SELF,))]]),
     Rule("ptrace process_vm_readv process_vm_writev process_madvise pidfd_getfd kcmp"),
     Rule("add_key request_key keyctl"),
     # Large, seldom needed, and often the way into the kernel.

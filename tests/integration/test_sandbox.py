@@ -124,6 +124,16 @@ def test_the_numbers_of_another_machine_are_refused(tmp_path: Path) -> None:
     assert behind(tmp_path / "shut", "foreign") == -1
 
 
+def test_other_processes_are_left_alone(tmp_path: Path) -> None:
+    with subprocess.Popen(["sleep", "60"]) as other:
+        free = behind(tmp_path / "free", "presses", other.pid, ports=None)
+        told = behind(tmp_path / "shut", "presses", other.pid)
+        other.kill()
+
+    assert set(free.values()) == {"done"}
+    assert set(told.values()) == {"EPERM"}
+
+
 def test_usual_means_go_on_working(tmp_path: Path, port: int) -> None:
     told = behind(tmp_path / "shut", "works", port, ports=[port])
 
