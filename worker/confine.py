@@ -98,7 +98,8 @@ def confine(writable: Iterable[str], ports: Iterable[int] = ()) -> None:
         _checked(_libc.syscall(_RESTRICT, rules, 0), "landlock_restrict_self")
     finally:
         os.close(rules)
-    seccomp.restrict()  # last: nothing of the above is to be refused by it
+    # Last: nothing of the above is to be refused by it. Before 6.2 rules for files do not look at truncate.
+    seccomp.restrict(["truncate"] if version < 3 else [])
 
 
 def _require_one_thread() -> None:

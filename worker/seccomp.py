@@ -27,26 +27,51 @@ _SECOND_SET = 0x40000000  # numbers from here on are x32, a second set of the sa
 _NUMBERS: dict[str, tuple[int | None, int | None]] = {
     "add_key": (248, 217),
     "bpf": (321, 280),
+    "chmod": (90, None),
+    "chown": (92, None),
     "clone": (56, 220),
     "clone3": (435, 435),
+    "creat": (85, None),
+    "fanotify_init": (300, 262),
+    "fanotify_mark": (301, 263),
+    "fchmod": (91, 52),
+    "fchmodat": (268, 53),
+    "fchmodat2": (452, 452),
+    "fchown": (93, 55),
+    "fchownat": (260, 54),
+    "fcntl": (72, 25),
+    "file_setattr": (469, 469),
+    "fremovexattr": (199, 16),
     "fsconfig": (431, 431),
+    "fsetxattr": (190, 7),
     "fsmount": (432, 432),
     "fsopen": (430, 430),
     "fspick": (433, 433),
+    "futimesat": (261, None),
+    "inotify_add_watch": (254, 27),
     "io_uring_enter": (426, 426),
     "io_uring_register": (427, 427),
     "io_uring_setup": (425, 425),
+    "ioctl": (16, 29),
     "ioprio_set": (251, 30),
     "kcmp": (312, 272),
     "kexec_file_load": (320, 294),
     "kexec_load": (246, 104),
     "keyctl": (250, 219),
+    "lchown": (94, None),
     "listen": (50, 201),
+    "lremovexattr": (198, 15),
+    "lsetxattr": (189, 6),
+    "mknod": (133, None),
+    "mknodat": (259, 33),
     "mount": (165, 40),
     "mount_setattr": (442, 442),
     "move_mount": (429, 429),
+    "open": (2, None),
     "open_tree": (428, 428),
     "open_tree_attr": (467, 467),
+    "openat": (257, 56),
+    "openat2": (437, 437),
     "perf_event_open": (298, 241),
     "pidfd_getfd": (438, 438),
     "pivot_root": (155, 41),
@@ -55,6 +80,8 @@ _NUMBERS: dict[str, tuple[int | None, int | None]] = {
     "process_vm_readv": (310, 270),
     "process_vm_writev": (311, 271),
     "ptrace": (101, 117),
+    "removexattr": (197, 14),
+    "removexattrat": (466, 466),
     "request_key": (249, 218),
     "sched_setaffinity": (203, 122),
     "sched_setattr": (314, 274),
@@ -66,11 +93,17 @@ _NUMBERS: dict[str, tuple[int | None, int | None]] = {
     "setns": (308, 268),
     "setpriority": (141, 140),
     "setsockopt": (54, 208),
+    "setxattr": (188, 5),
+    "setxattrat": (463, 463),
     "socket": (41, 198),
     "socketpair": (53, 199),
+    "truncate": (76, 45),
     "umount2": (166, 39),
     "unshare": (272, 97),
     "userfaultfd": (323, 282),
+    "utime": (132, None),
+    "utimensat": (280, 88),
+    "utimes": (235, None),
 }
 
 # ---------------------------------------------------------------------- what is refused
@@ -108,6 +141,18 @@ _OWN = ((Is(0, (_SELF,)),),)
 _OWN_OF_KIND = ((Is(0, (0,)), Is(1, (_SELF,))),)
 
 
+def _creates(place: int) -> Is:
+    return Is(place, (0x40, 0x400000, 0x400040), 0x400040)  # a file with a name, or one without
+
+
+def _empties(place: int) -> Is:
+    return Is(place, (0x200,), 0x203)  # opened for reading
+
+
+def _set_id(place: int) -> Is:
+    return Is(place, (0o2000, 0o4000, 0o6000), 0o6000)
+
+
 _RULES = (
     # Unix sockets lead to programs of the same user that do what they are told. TCP by way of another
     # protocol, or with data in its first packet, passes by the rule for ports; so do others that few know.
@@ -141,6 +186,26 @@ _RULES = (
     Rule("ioprio_set", [[Is(0, (1,)), Is(1, (_SELF,))]]),
     Rule("ptrace process_vm_readv process_vm_writev process_madvise pidfd_getfd kcmp"),
     Rule("add_key request_key keyctl"),
+    # Of all that the user owns, wherever it is. The usual ways to copy and unpack files end with these, and
+    # fail if they are told that this failed: they are told that it is done.
+    Rule("chmod fchmod fchmodat fchmodat2 utime utimes utimensat futimesat", answer=0),
+    Rule("chown fchown lchown fchownat", answer=0),
+    # As of a file system that has no attributes.
+    Rule("setxattr lsetxattr fsetxattr setxattrat", answer=errno.EOPNOTSUPP),
+    Rule("removexattr lremovexattr fremovexattr removexattrat", answer=errno.EOPNOTSUPP),
+    # The same by FS_IOC_SETFLAGS, FS_IOC_FSSETXATTR, FS_IOC_ENABLE_VERITY; and a lease, which holds up
+    # others.
+    Rule("file_setattr"),
+    Rule("ioctl", [[Is(1, (0x40086602, 0x401C5820, 0x40806685))]], refuse=True),
+    Rule("fcntl", [[Is(1, (1024,))]], refuse=True),
+    # A file that whoever runs it runs as this user; and one emptied by who may only read it. As with clone3.
+    Rule("open", [[_creates(1), _set_id(2)], [_empties(1)]], refuse=True),
+    Rule("openat", [[_creates(2), _set_id(3)], [_empties(2)]], refuse=True),
+    Rule("openat2", answer=errno.ENOSYS),
+    Rule("creat mknod", [[_set_id(1)]], refuse=True),
+    Rule("mknodat", [[_set_id(2)]], refuse=True),
+    # What goes on in folders that it may not list.
+    Rule("inotify_add_watch fanotify_init fanotify_mark"),
     # Large, seldom needed, and often the way into the kernel.
     Rule("bpf perf_event_open userfaultfd kexec_load kexec_file_load"),
 )
@@ -186,8 +251,8 @@ def _body(rule: Rule) -> _Code:
     return [*(step for case in rule.cases for step in _case(case, met)), *otherwise]
 
 
-def _program(machine: str) -> _Code:
-    """The filter for one kind of machine."""
+def _program(machine: str, more: Sequence[str] = ()) -> _Code:
+    """The filter for one kind of machine, which refuses `more` calls, too."""
     name, column = _MACHINES[machine]
     code: _Code = [
         (_LOAD, 0, 0, _MACHINE),
@@ -196,7 +261,7 @@ def _program(machine: str) -> _Code:
         (_LOAD, 0, 0, _NUMBER),
     ]
     code += _unless(_AT_LEAST, _SECOND_SET, _refused(errno.EPERM))
-    for rule in _RULES:
+    for rule in (*_RULES, *map(Rule, more)):
         for call in rule.calls.split():
             number = _NUMBERS[call][column]
             if number is not None:
@@ -234,13 +299,13 @@ def require() -> None:
         )
 
 
-def restrict() -> None:
-    """From here on the calls of `_RULES` are refused. No new privileges: that must be set before.
+def restrict(more: Sequence[str] = ()) -> None:
+    """From here on the calls of `_RULES` are refused, and `more`. No new privileges: that must be set before.
 
     Raises: CannotConfine.
     """
     require()
-    code = _program(os.uname().machine)
+    code = _program(os.uname().machine, more)
     packed = b"".join(struct.pack("=HBBI", *step) for step in code)
     given = _Filter(len(code), packed)
     if _libc.prctl(_SET_SECCOMP, _FILTER, ctypes.byref(given), 0, 0) != 0:

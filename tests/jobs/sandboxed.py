@@ -122,7 +122,10 @@ def calls() -> dict[str, str]:
         "fsmount": said(432, -1, 0, 0),
         "fspick": said(433, -1, b"", 0),
         "mount_setattr": said(442, -1, b"", 0, None, 0),
+        "setxattrat": said(463, -1, b"", 0, b"", None, 0),
+        "removexattrat": said(466, -1, b"", 0, b""),
         "open_tree_attr": said(467, -1, b"", 0, None, 0),
+        "file_setattr": said(469, -1, b"", None, 0, 0),
         "unshare user": said("unshare", 0x10000000),
         "unshare files": said("unshare", 0x400),
         "setns": said("setns", -1, 0),
@@ -154,6 +157,13 @@ def calls() -> dict[str, str]:
         told["clone into a namespace"] = said(56, 0x10000000, None, None, None, None)
     else:
         told["clone into a namespace"] = said(220, 0x10000000, None, None, None, None)
+    for name, flags, mode in (("set-uid", os.O_CREAT | os.O_WRONLY, 0o4755), ("emptied", os.O_TRUNC, 0)):
+        try:
+            os.close(os.open("." if name == "emptied" else name, flags, mode))
+            told[f"open {name}"] = "done"
+        except OSError as error:
+            told[f"open {name}"] = errno.errorcode[error.errno or 0]
+    told["inotify"] = said("inotify_add_watch", libc.inotify_init(), b"/tmp", 0x100)
     families = {"netlink": (16, socket.SOCK_RAW), "packet": (17, socket.SOCK_RAW), "tipc": (30, 5)}
     families |= {"crypto": (38, 5), "vsock": (40, socket.SOCK_STREAM), "xdp": (44, socket.SOCK_RAW)}
     families |= {"raw": (2, socket.SOCK_RAW), "ping": (2, socket.SOCK_DGRAM, 1), "sctp": (2, 1, 132)}  # type: ignore[dict-item]
@@ -222,6 +232,39 @@ def presses(pid: int) -> dict[str, str]:
         "parameter": told(os.sched_setparam, pid, os.sched_param(0)),
         "attributes": told(attributes),
         "disk": told(ioprio),
+    }
+
+
+def defaces(path: str) -> dict[str, str]:
+    """Change what belongs to a file of others, that it cannot open."""
+    import errno
+    import os
+    import subprocess
+
+    def told(action: Any, *args: Any, **more: Any) -> str:
+        try:
+            action(*args, **more)
+        except OSError as error:
+            return errno.errorcode[error.errno or 0]
+        return "said"
+
+    held = os.open(path, os.O_PATH)
+    return {
+        "chmod": told(os.chmod, path, 0o666),
+        "chmod at": told(
+            os.chmod, os.path.basename(path), 0, dir_fd=os.open(os.path.dirname(path), os.O_PATH)
+        ),
+        "chmod of the folder": told(os.chmod, os.path.dirname(path), 0),
+        "chmod of what is open": told(os.fchmod, held, 0o666),
+        "chown": told(os.chown, path, os.getuid(), os.getgid()),
+        "lchown": told(os.lchown, path, os.getuid(), os.getgid()),
+        "utime": told(os.utime, path, (1, 1)),
+        "setxattr": told(os.setxattr, path, "user.core4", b"x"),
+        "removexattr": told(os.removexattr, path, "user.mine"),
+        "program": str(subprocess.run(["chmod", "666", path], check=False, capture_output=True).returncode),
+        "touch": str(
+            subprocess.run(["touch", "-d", "@1", path], check=False, capture_output=True).returncode
+        ),
     }
 
 
@@ -350,3 +393,22 @@ def digs(depth: int) -> int:
         os.chdir("d")
     os.fchdir(top)
     return depth
+
+
+def empties(path: str) -> dict[str, str]:
+    """Cut a file of others, and one of its own."""
+    import os
+
+    told = {}
+    try:
+        os.truncate(path, 0)
+        told["theirs"] = "done"
+    except OSError as error:
+        told["theirs"] = type(error).__name__
+    with open("own", "w+") as own:
+        own.write("text")
+        own.flush()
+        own.truncate(2)
+    with open("own") as own:
+        told["own"] = own.read()
+    return told
