@@ -134,12 +134,19 @@ def calls() -> dict[str, str]:
         "process_vm_writev": said("process_vm_writev", os.getpid(), None, 0, None, 0, 0),
         "mount": said("mount", b"none", b".", b"tmpfs", 0, None),
         "umount": said("umount2", b".", 0),
+        "shmget": said("shmget", 0x51065, 4096, 0o1600),
+        "shmat": said("shmat", -1, None, 0),
+        "shmctl": said("shmctl", -1, 0, None),
+        "msgget": said("msgget", 0x51065, 0o1600),
+        "msgsnd": said("msgsnd", -1, room, 1, 0),
+        "semget": said("semget", 0x51065, 1, 0o1600),
+        "semop": said("semop", -1, None, 0),
         "setpriority of the user": said("setpriority", 2, 0, 0),
         "setpriority of the group": said("setpriority", 1, 0, 0),
     }
     # Their numbers differ between machines; these are those of the two that there are.
     numbered = {
-        "x86_64": {"keyctl": 250, "add_key": 248, "request_key": 249, "bpf": 321, "kcmp": 312}
+        "x86_64": {"mq_open": 240, "keyctl": 250, "add_key": 248, "request_key": 249, "bpf": 321, "kcmp": 312}
         | {"perf_event_open": 298, "userfaultfd": 323, "kexec_load": 246, "kexec_file_load": 320},
         "aarch64": {
             "mq_open": 180,
