@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import json
 import os
+import tempfile
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -34,7 +35,7 @@ from core4.users import UserStore
 from tests.helpers import FAST, eventually, eventually_async
 from tests.integration.driver import Api, serving
 from tests.integration.test_worker import House
-from tests.jobs import shipped
+from tests.jobs import sandboxed, shipped
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -690,6 +691,20 @@ async def test_a_function_enqueues_nothing(site: Site) -> None:
     def script(functions: Functions) -> None:
         (job,) = functions.wait([functions.schedule(shipped.enqueues)], die=False)
         assert "EnqueueRefused" in job.error["message"]
+
+    await site.do(script)
+
+
+async def test_a_folder_too_deep_to_be_deleted_is_deleted(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the worker lives."""
+    monkeypatch.setattr(tempfile, "tempdir", str(site.folder))
+
+    def script(functions: Functions) -> None:
+        assert functions.results([functions.schedule(sandboxed.digs, depth=3000)]) == [3000]
+        eventually(lambda: not list(site.folder.glob("core4-function-*")), what="its folder is deleted")
+        assert functions.schedule(shipped.addition, wait=True, a=1, b=2).result == 3
 
     await site.do(script)
 

@@ -12,6 +12,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -197,6 +198,93 @@ def test_usual_means_go_on_working(tmp_path: Path, port: int) -> None:
         "module": True,
     }
 
+
+# ---------------------------------------------------------------------- folders
+
+# As a user whom modes bind: root is let in everywhere.
+ORDINARY = """
+import os, signal, sys, tempfile
+from pathlib import Path
+from core4.worker.folders import Folder, sweep
+from tests.jobs import sandboxed
+if os.getuid() == 0:
+    os.setresgid(65534, 65534, 65534)
+    os.setresuid(65534, 65534, 65534)
+tempfile.tempdir = sys.argv[1]
+"""
+
+
+@pytest.fixture
+def everybodys() -> Iterator[Path]:
+    """A folder in which each user may have some of his own."""
+    with tempfile.TemporaryDirectory(prefix="core4-everybodys-", dir="/tmp") as name:
+        Path(name).chmod(0o1777)
+        yield Path(name)
+
+
+def ordinary(script: str, *args: Any) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", ORDINARY + script, *map(str, args)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_a_folder_is_deleted_whatever_is_in_it(everybodys: Path) -> None:
+    """Deeper than a path may be and than Python may recurse; shut folders; links to elsewhere."""
+    script = """
+folder = Folder.make()
+os.chdir(folder.path)
+sandboxed.digs(2500)
+for path in ("around", "."):
+    os.chmod(path, 0)
+os.chdir("/")
+folder.close()
+print(folder.path.exists())
+"""
+    with ordinary(script, everybodys) as process:
+        assert process.communicate(timeout=120) == ("False\n", None)
+    assert process.returncode == 0
+    assert list(everybodys.iterdir()) == []
+    assert Path("/usr").is_dir()
+
+
+def test_what_dead_workers_have_left_is_deleted(everybodys: Path, tmp_path: Path) -> None:
+    """And nothing of those that live, of other users, or of another kind."""
+    script = """
+folder = Folder.make()
+(folder.path / "file").touch()
+print(folder.path, flush=True)
+signal.pause()
+"""
+    other, strange = everybodys / "core4-function-call-other", everybodys / "core4-strange"
+    file = everybodys / "core4-function-call-file"
+    other.mkdir()
+    strange.mkdir()
+    file.touch()
+    linked = everybodys / "core4-function-call-link"
+    linked.symlink_to(tmp_path)
+    (tmp_path / "kept").touch()
+    if os.getuid() != 0:
+        other.rmdir()  # there is nobody else
+    kept = set(everybodys.iterdir())
+    with ordinary(script, everybodys) as dead, ordinary(script, everybodys) as living:
+        assert dead.stdout is not None
+        assert living.stdout is not None
+        left, used = Path(dead.stdout.readline().strip()), Path(living.stdout.readline().strip())
+        dead.kill()
+        dead.wait()
+        assert set(everybodys.iterdir()) == kept | {left, used}
+        with ordinary("print(sweep())", everybodys) as sweeper:
+            assert sweeper.communicate(timeout=60) == ("1\n", None)
+        assert set(everybodys.iterdir()) == kept | {used}
+        assert [each.name for each in used.iterdir()] == ["file"]
+        living.kill()
+    assert (tmp_path / "kept").exists()
+
+
+# ---------------------------------------------------------------------- without it
 
 # A kernel that answers a call with an error, always or with this first argument; then the command.
 LACKING = """
