@@ -1,6 +1,7 @@
 """Shut the running process in: what it may reach of this machine, for good, and whatever it starts.
 
-Made of what Linux offers to everybody: Landlock for files, others' memory and signals; and no privileges.
+Made of what Linux offers to everybody: Landlock for files, others' memory and signals; seccomp for what
+Landlock does not look at; and no privileges.
 Loads nothing but the interpreter.
 """
 
@@ -13,7 +14,8 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from core4.errors import Core4Error
+from core4.worker import seccomp
+from core4.worker.seccomp import CannotConfine
 
 _CREATE, _ADD, _RESTRICT = 444, 445, 446  # the same numbers on every architecture
 _VERSION, _PATH_BENEATH, _PORT = 1, 1, 2
@@ -41,12 +43,6 @@ _SYSTEM = (
 _DEVICES_USED = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
 
 
-class CannotConfine(Core4Error):
-    """This machine cannot keep a shipped function from its files."""
-
-    code = "cannot_confine"
-
-
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -63,6 +59,7 @@ def require() -> None:
             "functions need Landlock, which keeps them from this worker's files: Linux 5.13 or newer, with "
             "`landlock` in /sys/kernel/security/lsm"
         )
+    seccomp.require()
 
 
 def confine(writable: Iterable[str], ports: Iterable[int] = ()) -> None:
@@ -72,7 +69,8 @@ def confine(writable: Iterable[str], ports: Iterable[int] = ()) -> None:
     of reach.
 
     The memory, environment and files of processes outside cannot be read, and none of them can be signalled
-    where the kernel knows that (6.12). Inherited by whatever this process starts.
+    where the kernel knows that (6.12). Calls that would pass by all this are refused, see `seccomp`. All that
+    holds for whatever this process starts.
 
     Raises: CannotConfine.
     """
@@ -100,6 +98,8 @@ def confine(writable: Iterable[str], ports: Iterable[int] = ()) -> None:
         _checked(_libc.syscall(_RESTRICT, rules, 0), "landlock_restrict_self")
     finally:
         os.close(rules)
+    # Last: nothing of the above is to be refused by it. Before 6.2 rules for files do not look at truncate.
+    seccomp.restrict(["truncate"] if version < 3 else [])
 
 
 def _require_one_thread() -> None:

@@ -159,6 +159,8 @@ class Worker:
             self._keep_launcher(),
         ]
         parts += self._chores.parts() if self._chores else []
+        if self._functions.on:
+            parts.append(self._functions.sweep())
         if self._local is not None:
             parts.append(self._take_local(self._local))
         return [*parts, self._reload()] if self._settings.reload else parts

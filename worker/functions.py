@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from core4.actions import verified
@@ -18,6 +16,7 @@ from core4.jobs import Job
 from core4.sources import Source
 from core4.worker import confine, shipped
 from core4.worker.backend import Backend
+from core4.worker.folders import Folder, sweep
 from core4.worker.handle import JobProcess, Launcher, LauncherDied
 from core4.worker.protocol import Message
 
@@ -51,11 +50,11 @@ class Prepared:
     """One call that may run: what its order has beside that of any job. `close` it when the job has ended."""
 
     order: Message
-    folder: Path
+    folder: Folder
 
     def close(self) -> None:
         """Delete the folder that was the function's own."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.close()
 
 
 class Functions:
@@ -79,13 +78,13 @@ class Functions:
         about = record(job.document)
         wants = source.wants_context and shipped.CONTEXT not in job.args
         results = await self._backend.dependencies(job) if wants else {}
-        folder = Path(tempfile.mkdtemp(prefix="core4-function-"))
+        folder = Folder.make()
         told = {
             "code": source.code,
             "method": source.method,
             "context": wants,
             "results": results,
-            "folder": str(folder),
+            "folder": str(folder.path),
             "folders": list(self._settings.function_folders),
             "ports": [int(port) for port in self._settings.function_ports],
             "job": {
@@ -122,6 +121,10 @@ class Functions:
             if launcher is self._launcher:
                 self.close()
             raise
+
+    async def sweep(self) -> None:
+        """Delete the folders of functions whose worker was killed; it may take a while."""
+        await asyncio.to_thread(sweep)
 
     def close(self) -> None:
         """End the launcher; what runs goes on."""

@@ -23,7 +23,7 @@ from core4.client import Client
 from core4.config import Settings
 from core4.database import Database
 from core4.users import UserStore
-from tests.helpers import FAST, ROOT, Command, program
+from tests.helpers import FAST, ROOT, Command, eventually_async, program
 from tests.integration.driver import Api, serving
 from tests.jobs import hostile, shipped
 
@@ -241,3 +241,24 @@ async def test_a_spy_finds_nothing(
         told = [(name, str(row)) for name in stored.list_collection_names() for row in stored[name].find()]
     assert len(told) > 5
     assert [row for row in told if "canary" in row[1]] == []
+
+
+async def test_the_folders_of_a_killed_worker_are_deleted_by_the_next(
+    api: Api, mongo_url: str, database_name: str, tmp_path: Path
+) -> None:
+    def folders() -> set[Path]:
+        return set(tmp_path.glob("core4-function-call-*"))
+
+    with worker(mongo_url, database_name, TMPDIR=str(tmp_path)) as first:
+        with Functions(Client(api.root, ANN), key=KEY) as functions:
+            await asyncio.to_thread(functions.schedule, shipped.spins)
+        left = await eventually_async(lambda: asyncio.to_thread(folders), what="a function has its folder")
+        first.process.kill()
+        first.process.wait()
+    assert folders() == left
+    with worker(mongo_url, database_name, TMPDIR=str(tmp_path)) as second:
+        await eventually_async(
+            lambda: asyncio.to_thread(lambda: not left & folders()), what="what the first has left is gone"
+        )
+        await asyncio.to_thread(second.stop)
+    assert folders() == set()

@@ -6,6 +6,8 @@ import asyncio
 import hashlib
 import json
 import os
+import socket
+import tempfile
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
@@ -38,7 +40,7 @@ from core4.users import UserStore
 from tests.helpers import FAST, eventually, eventually_async
 from tests.integration.driver import Api, serving
 from tests.integration.test_worker import House
-from tests.jobs import shipped
+from tests.jobs import sandboxed, shipped
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -777,6 +779,45 @@ async def test_a_function_enqueues_nothing(site: Site) -> None:
     def script(functions: Functions) -> None:
         (job,) = functions.wait([functions.schedule(shipped.enqueues)], die=False)
         assert "EnqueueRefused" in job.error["message"]
+
+    await site.do(script)
+
+
+async def test_its_worker_is_out_of_reach(site: Site, tmp_path: Path) -> None:
+    """The worker is this process; of the same user as a server on a Unix socket, and as a file."""
+    file = tmp_path / "settings"
+    file.write_text("secret")
+    file.chmod(0o600)
+
+    def script(functions: Functions) -> None:
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(str(tmp_path / "socket"))
+            server.listen()
+            jobs = [
+                functions.schedule(sandboxed.talks_to, path=server.getsockname(), command=["true"]),
+                functions.schedule(sandboxed.presses, pid=os.getpid()),
+                functions.schedule(sandboxed.defaces, path=str(file)),
+                functions.schedule(sandboxed.calls),
+            ]
+            sockets, processes, _, calls = functions.results(jobs)
+        assert (sockets["stream"], sockets["program"]) == ("PermissionError", "0")
+        assert set(processes.values()) == {"EPERM"}
+        assert file.stat().st_mode & 0o777 == 0o600
+        assert "done" not in calls.values()
+
+    await site.do(script)
+
+
+async def test_a_folder_too_deep_to_be_deleted_is_deleted(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the worker lives."""
+    monkeypatch.setattr(tempfile, "tempdir", str(site.folder))
+
+    def script(functions: Functions) -> None:
+        assert functions.results([functions.schedule(sandboxed.digs, depth=3000)]) == [3000]
+        eventually(lambda: not list(site.folder.glob("core4-function-*")), what="its folder is deleted")
+        assert functions.schedule(shipped.addition, wait=True, a=1, b=2).result == 3
 
     await site.do(script)
 
