@@ -22,7 +22,7 @@ POLL = 60.0  # seconds: whoever waits for a look of the worker's own waits for 4
 async def test_no_job_waits_for_a_look_when_the_stream_breaks_off(
     mongo_url: str, house: House, tmp_path: Path
 ) -> None:
-    """A job before each of a hundred cuts: what the stream did not tell is found when it is open again."""
+    """A hundred cuts: under load and, each fifth, of an idle worker, with a job in the same moment."""
     wire = Wire(mongo_url)
     await wire.mend()
     url = f"mongodb://127.0.0.1:{wire.port}/?directConnection=true"
@@ -32,8 +32,10 @@ async def test_no_job_waits_for_a_look_when_the_stream_breaks_off(
         floor = Floor(house, tmp_path)
         ids = []
         for n in range(CUTS):
-            ids.append(await floor.submit("CALL:add", a=n, b=1))
+            if n % 5 == 0:
+                [await house.reach(job_id, timeout=40) for job_id in ids[-5:]]
             await wire.snap()
+            ids.append(await floor.submit("CALL:add", a=n, b=1))
         ended = [await house.reach(job_id, timeout=40) for job_id in ids]
     await far.close()
     await wire.cut()
