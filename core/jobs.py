@@ -20,7 +20,6 @@ from core4.results import has_ended
 from core4.states import State, highstate
 
 NAMESPACE = re.compile(r"[A-Za-z0-9_-]{1,100}")
-RESULT_DEPTH = 64  # levels of lists and objects in a result; databases refuse documents of a hundred
 HISTORY_LIMIT = 200  # transitions kept on a document; the oldest go first
 
 # Log sequence numbers: the fence in the high bits, a counter in the low ones. Both fit into
@@ -410,8 +409,8 @@ def canonical(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 
 
-def too_deep(value: Any, most: int = RESULT_DEPTH) -> bool:
-    """True if lists and objects in a JSON value are nested deeper than `most` levels, those of a result."""
+def too_deep(value: Any, most: int) -> bool:
+    """True if lists and objects in a JSON value are nested deeper than `most` levels."""
     level = [value]
     for _ in range(most + 1):
         level = [child for item in level for child in _children(item)]
