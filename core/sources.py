@@ -162,8 +162,9 @@ def _parsed(text: str) -> ast.Module:
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise SourceRefused(f"the source is not a function that Python can read: {error}") from None
     if indented:
-        (block,) = tree.body
-        assert isinstance(block, ast.If)
+        block, *more = tree.body
+        if more or not isinstance(block, ast.If) or block.orelse:
+            raise SourceRefused("the source must be one function and nothing beside it")
         tree = ast.Module(block.body, [])
     _refuse_depth(tree)
     return tree

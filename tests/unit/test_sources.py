@@ -76,6 +76,7 @@ def test_a_free_name_is_refused(text: str, name: str) -> None:
         *("", "1", "f = lambda: 1", "class A: pass", "def f(): pass\nf()", "@a\ndef f(): pass"),
         *("def f(): global x; x = 1", "def f(*a): pass", "def f(a, /): pass", "def f(", "def \xe4(): pass"),
         *("def f(): return '\ud800'", "def f(): return " + "(" * 300 + ")" * 300, "def f():\n  '\0'"),
+        *(" def f():\n  pass\nx=1\n", " def f():\n  pass\nelse:\n  x=1\n", " def f(): pass\nelif 1: pass"),
         "def f(): return " + "-" * 500 + "1",
         "def f(): return '" + "x" * sources.SIZE + "'",
     ],
