@@ -49,7 +49,7 @@ async def schedule(request: web.Request, args: Args) -> web.Response:
     _require_on(request)
     if not user.may.code:  # before anything is made of the source
         raise Forbidden(f"user [{user.name}] has no right to send functions as source; the right is `code`")
-    source = sources.stored(args["code"])
+    source = sources.sent(args["code"])
     name = functions.job_name(source.method)
     _require(request, name, "x")
     dependencies = [(await find(request, text, "r"))[0] for text in args["dependencies"]]

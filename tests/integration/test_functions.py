@@ -678,6 +678,7 @@ async def test_who_may_not_read_a_job_cannot_depend_on_it(site: Site) -> None:
         "def f(: pass",
         "def f(a=__import__('os').environ, b=evil): pass",
         " def f():\n  pass\nx=1\n",
+        "def f():\n    pass\n#\n",
         "def f():" + "\n if 1:".join(" " * n for n in range(1, 90)) + "pass",
     ],
 )
