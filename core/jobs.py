@@ -114,7 +114,7 @@ class JobOrder:
     fence: int | None = None  # the fence of that job's attempt, if it has called this one
     place: int | None = None  # the rank of that job: with it, it stands in line since that one does
     depth: int = 0  # how many jobs wait for one another above it
-    label: str | None = None  # a name of the caller's, which only one open job may have
+    label: str | None = None  # a name of the caller's, which only one of his open jobs may have
     function: Mapping[str, Any] | None = None  # the shipped function that it calls: see core4.functions
 
 
@@ -436,10 +436,11 @@ def unique_key(name: str, args: Mapping[str, Any]) -> str:
 
 
 def unique_key_of(document: Mapping[str, Any]) -> str:
-    """The `unique_key` of a stored job that has one: by its label, or by its name and arguments."""
+    """The `unique_key` of a stored job that has one: by its user's label, or by its name and arguments."""
     label = document.get("label")
     if label is not None:
-        return unique_key("label", {"": label})
+        by = str((document.get("function") or {}).get("by", "")).lower()
+        return unique_key("label", {by: label})
     return unique_key(document["name"], document["args"])
 
 

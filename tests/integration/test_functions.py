@@ -667,6 +667,46 @@ async def test_who_may_not_read_a_job_cannot_depend_on_it(site: Site) -> None:
     await site.do(script)
 
 
+async def test_a_user_sees_what_became_of_the_functions_that_he_may_read(site: Site) -> None:
+    """In return queues and lists of results, too; and of others' functions he cannot count anything."""
+    await site.api.users.add("uma", "a password", allow=["code", r"job://core4\.function\.has_no_context/x"])
+    mark = os.urandom(8).hex()
+
+    def script(functions: Functions) -> None:
+        theirs = functions.schedule(
+            shipped.addition, wait=True, category=mark, return_queues=[mark], a=1, b=1
+        )
+        with site.functions(("uma", "a password")) as hers:
+            mine = hers.schedule(shipped.has_no_context, wait=True, category=mark, return_queues=[mark])
+            eventually(lambda: len(functions.client.show_queue(mark)) == 2)
+            assert [row["job_id"] for row in hers.client.show_queue(mark)] == [mine.id]
+            assert [job.id for job in hers.wait_queues([mark], 1)] == [mine.id]
+            found = hers.client.journal(filter={"category": {"gte": mark, "lte": mark}})
+            assert ([row["_id"] for row in found.rows], found.total) == ([mine.id], 1)
+            assert mine.id in {row["job_id"] for row in hers.client.results(namespace="FUNCTIONS").rows}
+            assert theirs.id not in {row["job_id"] for row in hers.client.results(namespace="FUNCTIONS").rows}
+
+    await site.do(script)
+
+
+async def test_names_are_of_their_user(site: Site) -> None:
+    """Nobody takes another user's name away, nor learns of the job that has it."""
+    await site.api.users.add("vera", "a password", allow=["code", r"job://core4\.function\.has_no_context/x"])
+    end, name = site.file(), os.urandom(8).hex()
+
+    def script(functions: Functions) -> None:
+        job = functions.schedule(shipped.waits_for, name, path=str(end))
+        with site.functions(("vera", "a password")) as hers:
+            assert hers.schedule(shipped.has_no_context, name, wait=True).name == name
+        with pytest.raises(ApiError, match="has not ended") as taken:
+            functions.schedule(shipped.has_no_context, name)
+        assert taken.value.body["job_id"] == job.id
+        end.touch()
+        assert job.wait()
+
+    await site.do(script)
+
+
 @pytest.mark.parametrize(
     "code",
     [
