@@ -79,8 +79,8 @@ def test_ready_means_that_a_job_runs(tmp_path: Path) -> None:
 
 def test_ready_with_functions(tmp_path: Path) -> None:
     """That its worker runs them is published nowhere, and not waited for."""
-    functions = {"CORE4_FUNCTIONS": "true", "CORE4_FUNCTION_KEYS": "ann:" + "k" * 40}
-    with running_stack(tmp_path, **functions) as stack:
+    key = "ann:" + "k" * 40
+    with running_stack(tmp_path, CORE4_FUNCTIONS="true", CORE4_FUNCTION_KEYS=key) as stack:
         job_id = stack.enqueue(DUMMY, sleep=0.1)
         assert stack.wait_for_state(job_id, "complete")["state"] == "complete"
 
