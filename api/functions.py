@@ -18,6 +18,7 @@ from aiohttp import web
 from bson import ObjectId
 
 from core4 import actions, functions, sources
+from core4.api.encoding import dumps
 from core4.api.envelope import page_reply, reply
 from core4.api.events import audited
 from core4.api.jobs import find, idempotency_key, unserved, wait_for, whole
@@ -46,10 +47,10 @@ async def schedule(request: web.Request, args: Args) -> web.Response:
     """POST function: call a function that comes as source; its job."""
     user = request[USER]
     _require_on(request)
-    source = sources.stored(args["code"])
-    name = functions.job_name(source.method)
-    if not user.may.code:
+    if not user.may.code:  # before anything is made of the source
         raise Forbidden(f"user [{user.name}] has no right to send functions as source; the right is `code`")
+    source = sources.sent(args["code"])
+    name = functions.job_name(source.method)
     _require(request, name, "x")
     dependencies = [(await find(request, text, "r"))[0] for text in args["dependencies"]]
     key = idempotency_key(request)
@@ -128,7 +129,7 @@ async def look(request: web.Request, args: Args) -> web.Response:
         # Not all at once: together their results may be more than fits into memory.
         for job_id, document in await _some(request, args["job_ids"][start : start + TOGETHER]):
             row = functions.record(await _ended(request, job_id, document, deadline))
-            room -= len(canonical([row["kwargs"], row["result"]])) + len(str(row["error"]))
+            room -= len(dumps([row["kwargs"], row["result"]])) + len(str(row["error"]))
             if rows and room < 0:
                 return reply(request, rows)
             rows.append(row)

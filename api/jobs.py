@@ -15,7 +15,19 @@ from bson import ObjectId
 
 from core4.api.envelope import page_reply, reply
 from core4.api.hub import REREAD, heard
-from core4.api.keys import CATALOGUE, CONTROLS, HUB, LOGS, QUEUE, REQUEST_ID, SEATS, SETTINGS, USER, WORKERS
+from core4.api.keys import (
+    ACTIONS,
+    CATALOGUE,
+    CONTROLS,
+    HUB,
+    LOGS,
+    QUEUE,
+    REQUEST_ID,
+    SEATS,
+    SETTINGS,
+    USER,
+    WORKERS,
+)
 from core4.api.streams import follow_job, job_headers
 from core4.bookmarks import behind, bookmark, total_order
 from core4.database import Page
@@ -29,6 +41,7 @@ from core4.filters import (
     compile_sort,
     matches,
 )
+from core4.functions import job_name
 from core4.jobs import ROW_FIELDS, Job, JobOrder, canonical, derived_id, utcnow, view
 from core4.options import OPTIONS
 from core4.orders import make_order
@@ -235,8 +248,10 @@ def selection(args: Args) -> tuple[dict[str, dict[str, Any]], bool]:
 async def limit_to(
     request: web.Request, where: dict[str, dict[str, Any]], allowed: Callable[[str], bool]
 ) -> None:
-    """Narrow `where` to the names that are `allowed`."""
-    names = [entry["_id"] for entry in await request.app[CATALOGUE].all() if allowed(entry["_id"])]
+    """Narrow `where` to the names that are `allowed`, those of functions among them."""
+    known = [entry["_id"] for entry in await request.app[CATALOGUE].all()]
+    known += [job_name(method) for method in await request.app[ACTIONS].methods()]
+    names = [name for name in known if allowed(name)]
     term = where.setdefault("name", {})
     asked = term.get("$in")
     term["$in"] = names if asked is None else [name for name in names if name in asked]

@@ -121,7 +121,7 @@ class Functions:
 
         Args:
             method: defined in a file; uses nothing from around it, imports inside.
-            name: the job's own; only one open job may have it.
+            name: the job's own; only one open job of the user may have it.
             category: a label to find jobs by.
             timeout: seconds it may run, 0 for any time.
             dependencies: jobs or ids that have to end well before.

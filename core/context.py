@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any, Literal
 
 from core4.errors import EnqueueRefused
+from core4.results import unstorable
 
 TRACEBACK_LIMIT = 128 * 1024  # characters of a traceback that are kept, from its end
 MESSAGE_LIMIT = 16 * 1024  # characters of an exception's repr or a defer message
@@ -124,31 +125,15 @@ def safe_repr(error: BaseException) -> str:
 def result_problem(result: Any, limit: int | None) -> str | None:
     """Why `result` cannot be stored as the result of a job, None if it can.
 
-    It must be JSON with text keys, and no longer than `limit` bytes.
+    It must be JSON with text keys, of which none begins with `$`, and no longer than `limit` bytes.
     """
     try:
         text = json.dumps(result, allow_nan=False, ensure_ascii=False)
     except (TypeError, ValueError, RecursionError) as error:
         return f"result is not JSON: {str(error)[:500]}"
-    key = _odd_key(result)
-    if key is not None:
-        return f"result is not JSON: the key {key!r:.100} is not a text"
+    if why := unstorable(result):
+        return f"result cannot be stored: {why}"
     size = len(text.encode("utf-8", "surrogatepass"))
     if limit is not None and size > limit:
         return f"result of {size} bytes is over the limit of {limit}"
-    return None
-
-
-def _odd_key(value: Any) -> Any:
-    """The first key that is not a text; JSON encoders would turn it into one silently."""
-    waiting = [value]
-    while waiting:
-        item = waiting.pop()
-        if isinstance(item, dict):
-            for key in item:
-                if not isinstance(key, str):
-                    return key if key is not None else "null"
-            waiting.extend(item.values())
-        elif isinstance(item, list | tuple):
-            waiting.extend(item)
     return None

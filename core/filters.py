@@ -244,14 +244,14 @@ JOB_FIELDS: Mapping[str, Field] = {
     **_fields(object_id, "_id enqueued.parent_id enqueued.child_id chain_id"),
     **_fields(state, "state"),
     **_fields(text, "namespace worker locked.worker enqueued.username enqueued.hostname"),
-    **_fields(text, "category error_cat held"),
+    **_fields(text, "error_cat held"),
     **_fields(number, "priority attempts attempts_left trial crashes runtime rev prog.value max_parallel"),
     **_fields(flag, "force"),
     **_fields(
         date,
         "enqueued.at started_at finished_at query_at inactive_at killed_at removed_at zombie_at wall_at",
     ),
-    **_fields(text, "name prog.message request_id", private=True),
+    **_fields(text, "name category prog.message request_id", private=True),
     "qual_name": Field("name", text, private=True),
 }
 

@@ -54,7 +54,7 @@ def make_order(
     Args:
         args_cap: bytes that the arguments may have as JSON.
         by: the user who submits it; `signer` is whose key signed the source.
-        label: its own name; only one open job may have it.
+        label: its own name; only one open job of `by` may have it.
         timeout: seconds, 0 for none.
         who: the fields of a `JobOrder` that say who asks.
 

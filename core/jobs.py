@@ -20,7 +20,6 @@ from core4.results import has_ended
 from core4.states import State, highstate
 
 NAMESPACE = re.compile(r"[A-Za-z0-9_-]{1,100}")
-RESULT_DEPTH = 64  # levels of lists and objects in a result; databases refuse documents of a hundred
 HISTORY_LIMIT = 200  # transitions kept on a document; the oldest go first
 
 # Log sequence numbers: the fence in the high bits, a counter in the low ones. Both fit into
@@ -115,7 +114,7 @@ class JobOrder:
     fence: int | None = None  # the fence of that job's attempt, if it has called this one
     place: int | None = None  # the rank of that job: with it, it stands in line since that one does
     depth: int = 0  # how many jobs wait for one another above it
-    label: str | None = None  # a name of the caller's, which only one open job may have
+    label: str | None = None  # a name of the caller's, which only one of his open jobs may have
     function: Mapping[str, Any] | None = None  # the shipped function that it calls: see core4.functions
 
 
@@ -410,8 +409,8 @@ def canonical(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 
 
-def too_deep(value: Any, most: int = RESULT_DEPTH) -> bool:
-    """True if lists and objects in a JSON value are nested deeper than `most` levels, those of a result."""
+def too_deep(value: Any, most: int) -> bool:
+    """True if lists and objects in a JSON value are nested deeper than `most` levels."""
     level = [value]
     for _ in range(most + 1):
         level = [child for item in level for child in _children(item)]
@@ -437,10 +436,11 @@ def unique_key(name: str, args: Mapping[str, Any]) -> str:
 
 
 def unique_key_of(document: Mapping[str, Any]) -> str:
-    """The `unique_key` of a stored job that has one: by its label, or by its name and arguments."""
+    """The `unique_key` of a stored job that has one: by its user's label, or by its name and arguments."""
     label = document.get("label")
     if label is not None:
-        return unique_key("label", {"": label})
+        by = str((document.get("function") or {}).get("by", "")).lower()
+        return unique_key("label", {by: label})
     return unique_key(document["name"], document["args"])
 
 

@@ -25,6 +25,7 @@ from core4.database import Database, refuses_content
 from core4.errors import Conflict, Core4Error, JobNotFound, LeaseLost, Unavailable
 from core4.jobs import Job, JobOrder, utcnow
 from core4.outbox import Outbox
+from core4.results import unstorable
 from core4.retries import Outcome
 from core4.states import FINAL, Flag, State
 from core4.store import RETRIES, JobStore, readable
@@ -131,8 +132,8 @@ class JobQueue:
         Raises: LeaseLost if another attempt or a rescuer holds or has ended the job.
         """
         lease = transitions.lease_of(job)
-        if jobs.too_deep(outcome.result):
-            outcome = _unstorable(f"nested deeper than {jobs.RESULT_DEPTH} levels")
+        if why := unstorable(outcome.result):
+            outcome = _unstorable(why)
         try:
             after = await self.store.held(
                 job, lease, lambda seen: transitions.finish(seen, lease, outcome, log_seq)
@@ -154,7 +155,7 @@ class JobQueue:
         The error of a job stands in its place.
         """
         told = {job.id: (transitions.lease_of(job), outcome, log_seq) for job, outcome, log_seq in ends}
-        alone = [job.id for job, outcome, _ in ends if jobs.too_deep(outcome.result)]
+        alone = [job.id for job, outcome, _ in ends if unstorable(outcome.result)]
 
         def plan(seen: Job) -> Change | None:
             return transitions.finish(seen, *told[seen.id])

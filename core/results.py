@@ -5,6 +5,7 @@ Queued, Running, Failed and Completed are easyjobs' words; `core4.states` has th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from enum import StrEnum
 from typing import Any
@@ -19,6 +20,7 @@ FIELDS = (
 
 
 EXPIRY = "expiry"  # who takes what nobody has pulled
+DEPTH = 64  # levels of lists and objects in a result; databases refuse documents of a hundred
 
 
 class Status(StrEnum):
@@ -43,6 +45,33 @@ def status_of(document: Mapping[str, Any]) -> Status:
     if has_ended(document):
         return Status.FAILED
     return Status.RUNNING if document["state"] == State.RUNNING else Status.QUEUED
+
+
+def unstorable(result: Any) -> str | None:
+    """Why a value that JSON can write is no result although a database takes it; None if it is one.
+
+    What comes back must be what was given: JSON makes texts of other keys, and drivers make objects with
+    `$ref` and the like into values that are no JSON any more.
+    """
+    waiting: list[tuple[Any, int]] = [(result, 1)]
+    while waiting:
+        item, depth = waiting.pop()
+        if isinstance(item, float) and not math.isfinite(item):
+            return f"{item} is no number in JSON"
+        if not isinstance(item, Mapping | list | tuple):
+            continue
+        if depth > DEPTH:
+            return f"nested deeper than {DEPTH} levels"
+        if isinstance(item, Mapping):
+            for key in item:
+                if not isinstance(key, str):
+                    return f"the key {key!r:.100} is not a text"
+                if key.startswith("$"):
+                    return f"the name {key[:100]!a} begins with `$`"
+                if "\0" in key:
+                    return f"the name {key[:100]!a} has NUL"
+        waiting += [(each, depth + 1) for each in (item.values() if isinstance(item, Mapping) else item)]
+    return None
 
 
 def result_of(document: Mapping[str, Any], *, traceback: bool = False) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import json
 import math
 import re
 import symtable
+import sys
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from core4.errors import BadArguments, FreeName, SourceRefused
 CONTEXT = "process"  # a parameter of this name gets the job's context; the word is myjobs'
 SIZE = 256 * 1024  # bytes of a source
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,99}")
+_BITS = 4096  # of an integer: of many more Python makes no text
 _DEPTH = 200  # levels of a tree: what is deeper is a bomb for whoever walks it
 
 _BUILTINS = frozenset(dir(builtins)) | {"__name__", "__builtins__"}
@@ -96,15 +98,35 @@ def read(text: str, values: Mapping[str, Any] | None = None) -> Source:
     """
     function = _only_function(text)
     _refuse_decorators(function)
+    _refuse_braces(function)
     _drop_self(function)
     _drop_annotations(function)
+    for node in ast.walk(function):
+        if isinstance(node, ast.Constant):
+            node.kind = None  # u'text' is 'text'
     if values:
         _Fill(values).visit(function)
     return _checked(_unparsed(function))
 
 
+def sent(code: str) -> Source:
+    """A text that somebody sends; it must be what `read` makes of it, so that one function has one hash.
+
+    Else what was revoked could be sent again with one comment more.
+
+    Raises: SourceRefused, FreeName.
+    """
+    found = read(code)
+    if found.code != code:
+        version = ".".join(map(str, sys.version_info[:2]))
+        raise SourceRefused(
+            f"the source is not in its one form, which `core4.sources.read` makes of it with Python {version}"
+        )
+    return found
+
+
 def stored(code: str) -> Source:
-    """A text that says it is canonical; it is not changed.
+    """A text that was accepted once; it is not changed.
 
     Raises: SourceRefused, FreeName.
     """
@@ -122,6 +144,8 @@ def _checked(code: str) -> Source:
     if given.vararg is not None:
         raise SourceRefused(f"{function.name} takes *{given.vararg.arg}: arguments are passed by name")
     _refuse_free_names(code, function)
+    _refuse_early_names(function)
+    _refuse_debug(function)
     plain = [each.arg for each in given.args]
     required = plain[: len(plain) - len(given.defaults)]
     required += [
@@ -162,8 +186,9 @@ def _parsed(text: str) -> ast.Module:
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise SourceRefused(f"the source is not a function that Python can read: {error}") from None
     if indented:
-        (block,) = tree.body
-        assert isinstance(block, ast.If)
+        block, *more = tree.body
+        if more or not isinstance(block, ast.If) or block.orelse:
+            raise SourceRefused("the source must be one function and nothing beside it")
         tree = ast.Module(block.body, [])
     _refuse_depth(tree)
     return tree
@@ -181,6 +206,23 @@ def _refuse_depth(tree: ast.AST) -> None:
 def _refuse_decorators(function: _Function) -> None:
     if function.decorator_list:
         raise SourceRefused(f"{function.name} is decorated: what that makes of it is not in its source")
+
+
+def _refuse_braces(function: _Function) -> None:
+    """Braces in a format (``f"{x:\\x7bname\\x7d}"``) cannot be written down: they would become code."""
+    formats = [node.format_spec for node in ast.walk(function) if isinstance(node, ast.FormattedValue)]
+    parts = [part for each in formats if isinstance(each, ast.JoinedStr) for part in each.values]
+    if any(isinstance(part, ast.Constant) and set("{}") & set(str(part.value)) for part in parts):
+        raise SourceRefused(f"{function.name} has a brace in the format of a value")
+
+
+def _refuse_debug(function: _Function) -> None:
+    """Python compiles nothing that gives `__debug__` another value, under whatever name of the syntax."""
+    for node in ast.walk(function):
+        if isinstance(node, ast.Constant) or isinstance(getattr(node, "ctx", None), ast.Load):
+            continue
+        if any(value == "__debug__" for _, value in ast.iter_fields(node)):
+            raise SourceRefused(f"{function.name} gives [__debug__] another value")
 
 
 def _drop_self(function: _Function) -> None:
@@ -252,6 +294,95 @@ def _refuse_free_names(code: str, function: _Function) -> None:
                 raise FreeName(_explained(name, function), name=name)
 
 
+def _refuse_early_names(function: _Function) -> None:
+    for node in ast.walk(function):
+        if isinstance(node, ast.ClassDef):
+            for name in sorted(_ClassBody(node).early - _BUILTINS - {function.name}):
+                raise FreeName(_explained(name, function), name=name)
+
+
+class _ClassBody(ast.NodeVisitor):
+    """The body of a class in the order in which it runs.
+
+    `early` are those of its own names that it reads before it has set them: such a read goes past the
+    function around it, to where nothing is.
+    """
+
+    def __init__(self, node: ast.ClassDef) -> None:
+        self._set: set[str] = set()
+        self._read: set[str] = set()
+        self._outer: set[str] = set()
+        for each in node.body:
+            self.visit(each)
+        self.early = (self._read & self._set) - self._outer
+
+    def generic_visit(self, node: ast.AST) -> None:
+        # What is set comes after what it is set to.
+        for _, value in sorted(ast.iter_fields(node), key=lambda field: field[0] not in ("iter", "value")):
+            for each in value if isinstance(value, list) else [value]:
+                if isinstance(each, ast.AST):
+                    self.visit(each)
+
+    def visit_Name(self, node: ast.Name) -> None:
+        if isinstance(node.ctx, ast.Store):
+            self._set.add(node.id)
+        elif node.id not in self._set:
+            self._read.add(node.id)
+
+    def visit_AugAssign(self, node: ast.AugAssign) -> None:
+        if isinstance(node.target, ast.Name):
+            self.visit(ast.Name(node.target.id, ast.Load()))
+        self.generic_visit(node)
+
+    def visit_Nonlocal(self, node: ast.Nonlocal) -> None:
+        self._outer.update(node.names)
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
+        self._visit_function(node)
+
+    def visit_AsyncFunctionDef(self, node: ast.AsyncFunctionDef) -> None:
+        self._visit_function(node)
+
+    def _visit_function(self, node: _Function) -> None:
+        """Its body runs later, and sees nothing of the class."""
+        for each in (*node.decorator_list, *node.args.defaults, *node.args.kw_defaults):
+            if each is not None:
+                self.visit(each)
+        self._set.add(node.name)
+
+    def visit_Lambda(self, node: ast.Lambda) -> None:
+        for each in (*node.args.defaults, *node.args.kw_defaults):
+            if each is not None:
+                self.visit(each)
+
+    def visit_ClassDef(self, node: ast.ClassDef) -> None:
+        for each in (*node.decorator_list, *node.bases, *node.keywords):
+            self.visit(each)
+        self._set.add(node.name)
+
+    def _visit_comprehension(self, node: Any) -> None:
+        """Only the first of what it goes through is looked up in the class."""
+        self.visit(node.generators[0].iter)
+
+    visit_ListComp = visit_SetComp = visit_DictComp = visit_GeneratorExp = _visit_comprehension
+
+    def visit_alias(self, node: ast.alias) -> None:
+        self._set.add((node.asname or node.name).partition(".")[0])
+
+    def visit_ExceptHandler(self, node: ast.ExceptHandler) -> None:
+        if node.type is not None:
+            self.visit(node.type)
+        self._set.update([node.name] if node.name else ())
+        for each in node.body:
+            self.visit(each)
+
+    def _visit_capture(self, node: Any) -> None:
+        self.generic_visit(node)
+        self._set.update(name for name in (getattr(node, "name", None), getattr(node, "rest", None)) if name)
+
+    visit_MatchAs = visit_MatchStar = visit_MatchMapping = _visit_capture
+
+
 def _scopes(table: symtable.SymbolTable) -> Iterator[symtable.SymbolTable]:
     waiting = [table]
     while waiting:
@@ -298,6 +429,7 @@ class _Fill(ast.NodeTransformer):
                 part.value = self._written(str(part.value))
             else:
                 self.visit(part)
+        node.values = [part for part in node.values if not isinstance(part, ast.Constant) or part.value]
         return node
 
     def visit_Constant(self, node: ast.Constant) -> ast.AST:
@@ -331,7 +463,7 @@ def literal(value: Any) -> ast.expr:
         return ast.Dict(keys, [literal(each) for each in value.values()])
     if isinstance(value, list | tuple):
         return ast.List([literal(each) for each in value], ast.Load())
-    if isinstance(value, int | float) and not isinstance(value, bool) and math.copysign(1, value) < 0:
+    if isinstance(value, int | float) and (value < 0 or str(value) == "-0.0"):
         return ast.UnaryOp(ast.USub(), ast.Constant(-value))
     return ast.Constant(value)
 
@@ -349,6 +481,8 @@ def json_complaint(value: Any) -> str | None:
             waiting += [(each, depth + 1) for each in item.values()]
         elif isinstance(item, list | tuple):
             waiting += [(each, depth + 1) for each in item]
+        elif isinstance(item, int) and item.bit_length() > _BITS:
+            return f"a number has more than {_BITS} bits"
         elif isinstance(item, float) and not math.isfinite(item):
             return f"{item} is not a number in JSON"
         elif item is not None and not isinstance(item, str | int | float | bool):
@@ -358,9 +492,13 @@ def json_complaint(value: Any) -> str | None:
 
 def _unparsed(function: _Function) -> str:
     try:
-        return ast.unparse(ast.fix_missing_locations(ast.Module([function], []))) + "\n"
+        code = ast.unparse(ast.fix_missing_locations(ast.Module([function], []))) + "\n"
+        same = ast.dump(_only_function(code)) == ast.dump(function)
     except (RecursionError, ValueError) as error:
         raise SourceRefused(f"the source cannot be written down: {error}") from None
+    if not same:
+        raise SourceRefused(f"{function.name} would mean something else when it is written down")
+    return code
 
 
 def wanted(values: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:

@@ -190,6 +190,7 @@ class Stack:
         """Wait until the worker is registered and what it runs is published."""
         # Imported here, as `core4 demo --help` needs no store.
         from core4.catalogue import Catalogue
+        from core4.functions import SERVES
         from core4.registry import WorkerRegistry
 
         database = await Database.connect(str(self.settings.mongo_url), self.settings.mongo_database)
@@ -198,7 +199,8 @@ class Stack:
             pid, hostname = self._parts["worker"].process.pid, socket.gethostname()
             while True:
                 workers = [w for w in await registry.up() if (w["pid"], w["hostname"]) == (pid, hostname)]
-                published = {entry["_id"] for entry in await catalogue.all()}
+                # That it runs functions is said by no entry of the catalogue: they come as source.
+                published = {entry["_id"] for entry in await catalogue.all()} | {SERVES}
                 if any(set(worker["jobs"]) <= published for worker in workers):
                     return
                 self._check_start(deadline)

@@ -162,15 +162,21 @@ class JobStore:
         Args:
             most: bytes that they may have together.
 
-        Raises: SourceRefused if one is gone, or for more than that.
+        Raises: SourceRefused if one is gone or cannot be read, or for more than that.
         """
         found: dict[str, Any] = {}
         for job_id in job.document.get("dependencies") or ():
             stored = await self.document(job_id)
-            if stored is None or stored[0]["state"] != State.COMPLETE:
+            if stored is None or stored[0].get("state") != State.COMPLETE:
                 raise SourceRefused(f"the result of its dependency [{job_id}] is gone")
             found[str(job_id)] = stored[0].get("result")
-            most -= len(canonical(found[str(job_id)]))
+            try:
+                most -= len(canonical(found[str(job_id)]))
+            except (TypeError, ValueError, RecursionError) as error:
+                # Stored by an older version, or by hand: drivers make no JSON of all that they are given.
+                raise SourceRefused(
+                    f"the result of its dependency [{job_id}] is not JSON: {error!s:.200}"
+                ) from None
             if most < 0:
                 raise SourceRefused("the results of its dependencies are too much to be handed over")
         return found

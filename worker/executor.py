@@ -44,6 +44,7 @@ PIPE_PATIENCE = 5.0  # seconds for the rest of the output after the last process
 PROGRESS_EVERY = 1.0  # seconds between two progress writes
 _FRAME_MARGIN = 1024 * 1024  # bytes of a frame beside the result in it
 _CHUNK = 64 * 1024
+_LONG_DELAY = 60.0  # seconds until a job is due again whose end nobody can record
 _FIRST_PAUSE, _LAST_PAUSE = 0.1, 5.0  # seconds between two tries of a write
 _FLAGGED: Mapping[Flag, str] = {  # core4's words
     "wall": "successfully set non-stop job",
@@ -85,6 +86,7 @@ class Execution:
         self._calls = Calls(job, self._children, backend, watch, slots)
         self._ended: Message | None = None  # the frame with the job's own end
         self._broken: str | None = None  # what was wrong with a frame
+        self._joblog: JobLog | None = None
         self._token: str | None = None  # what each frame of the file of a task carries
         self._why: Why | None = None
         self._limits = Limits(job, self._exceed, settings.worker_timeout, lambda: self._calls.waiting)
@@ -133,9 +135,27 @@ class Execution:
         """Run the job to its outcome and record that."""
         identifiers.bind(self._identity())
         try:
-            await self._run()
+            try:
+                await self._run()
+            except LeaseLost:
+                raise
+            except Exception as error:
+                await self._fail(error)
         except LeaseLost as lost:
             log.warning("job.lease_lost", extra={"detail": lost.detail})
+
+    async def _fail(self, error: Exception) -> None:
+        """What nobody foresaw ends this job, charged: given back, it would do the same to the next worker."""
+        log.error("job.unforeseen", exc_info=error)
+        outcome = Outcome.failed(f"its worker failed at it: {error!r:.500}", [])
+        try:
+            self.job = await self._persist(lambda: self._backend.start(self.job, pid=os.getpid()))
+            await self._record(outcome, self._joblog.last_seq if self._joblog else 0)
+        except LeaseLost:
+            raise
+        except Exception as broken:  # its document may be broken: that keeps no other from running
+            log.critical("job.unrecorded", exc_info=broken)
+            await self._release(f"its end cannot be recorded: {broken!r:.200}", delay=_LONG_DELAY)
 
     def _identity(self) -> dict[str, Any]:
         """What every line about this execution carries."""
@@ -209,7 +229,7 @@ class Execution:
         started = time.monotonic()
         self.keeper = process.keeper
         self._limits.begin()
-        joblog = JobLog(self._backend, self.job, self._hostname, self._settings)
+        joblog = self._joblog = JobLog(self._backend, self.job, self._hostname, self._settings)
         writer = asyncio.create_task(joblog.run())
         joblog.write("INFO", "start execution")
         log.info("job.started", extra={"pid": process.pid})
@@ -220,6 +240,10 @@ class Execution:
             outcome = self._outcome(how)
             self._write_end(joblog, outcome, time.monotonic() - started)
             await joblog.close(writer, LOG_PATIENCE)
+        except Exception:
+            process.kill()
+            await process.wait()  # nothing of it runs beside the next attempt
+            raise
         finally:
             writer.cancel()
         await self._record(outcome, joblog.last_seq)
@@ -290,6 +314,10 @@ class Execution:
             process.kill()
         except LeaseLost:
             self.abandon()
+        except Exception as error:  # else the job would wait for an answer that nobody gives
+            log.error("job.helper_failed", exc_info=error)
+            self._broken = f"a frame of the job could not be handled: {error!r:.200}"
+            process.kill()
 
     async def _take_question(self, process: Running, message: Message) -> None:
         """What the job asks for: the id of a new job at once, the result of one when it has ended.
@@ -310,7 +338,7 @@ class Execution:
                 self._calls.begin(number, message["call"], self._persist, partial(self._answer, process))
                 return
             answer = await self._children.enqueue(message["enqueue"], self._persist)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise ProtocolError(f"a frame of the job makes no sense: {error!r:.200}") from None
         await process.send({"answer": number, **answer})
 

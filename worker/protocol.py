@@ -6,6 +6,7 @@ Pure functions; the other side is never trusted. Loads nothing but the interpret
 from __future__ import annotations
 
 import json
+import math
 import socket
 import struct
 from collections.abc import Mapping
@@ -48,7 +49,7 @@ def decode(body: bytes) -> Message:
     Raises: ProtocolError.
     """
     try:
-        message = json.loads(body, parse_constant=_refuse)
+        message = json.loads(body, parse_constant=_refuse, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise ProtocolError(f"a frame is not JSON: {str(error)[:200]}") from None
     if not isinstance(message, dict):
@@ -122,6 +123,11 @@ def _exactly(source: socket.socket, size: int) -> bytes | None:
             return None
         parts += data
     return bytes(parts)
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    return number if math.isfinite(number) else _refuse(text[:50])
 
 
 def _refuse(name: str) -> NoReturn:

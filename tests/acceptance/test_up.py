@@ -77,6 +77,14 @@ def test_ready_means_that_a_job_runs(tmp_path: Path) -> None:
     assert "default credentials" in command.output
 
 
+def test_ready_with_functions(tmp_path: Path) -> None:
+    """That its worker runs them is published nowhere, and not waited for."""
+    key = "ann:" + "k" * 40
+    with running_stack(tmp_path, CORE4_FUNCTIONS="true", CORE4_FUNCTION_KEYS=key) as stack:
+        job_id = stack.enqueue(DUMMY, sleep=0.1)
+        assert stack.wait_for_state(job_id, "complete")["state"] == "complete"
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
 def test_stops_everything(tmp_path: Path, number: signal.Signals) -> None:
     """One signal ends all processes in order, with exit code 0, and frees the port."""

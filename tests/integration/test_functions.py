@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import pytest
 import pytest_asyncio
 import requests
-from bson import ObjectId
+from bson import DBRef, ObjectId
 
 from core4 import callers, client
 from core4.actions import ACTION
@@ -516,11 +516,16 @@ async def test_schedule_and_wait_in_one(site: Site) -> None:
 @pytest.mark.row("M18")
 async def test_a_result_that_is_no_json_is_an_error(site: Site) -> None:
     def script(functions: Functions) -> None:
-        jobs = [functions.schedule(each) for each in (shipped.returns_a_set, shipped.returns_an_object)]
-        functions.wait(jobs, die=False)
-        for job in jobs:
+        jobs = [
+            functions.schedule(each)
+            for each in (shipped.returns_a_set, shipped.returns_an_object, shipped.returns_a_reference)
+        ]
+        late = functions.schedule(shipped.sums_up, dependencies=[jobs[2]])
+        functions.wait([*jobs, late], die=False)
+        for job, words in zip(jobs, ["is not JSON", "is not JSON", "begins with `$`"], strict=True):
             assert (job.state, job.error_cat, job.result) == ("ERROR", "ERROR", None)
-            assert "result is not JSON" in job.error["message"]
+            assert words in job.error["message"]
+        assert late.error["dependency_failure"] == jobs[2].id
 
     await site.do(script)
 
@@ -751,6 +756,46 @@ async def test_who_may_not_read_a_job_cannot_depend_on_it(site: Site) -> None:
     await site.do(script)
 
 
+async def test_a_user_sees_what_became_of_the_functions_that_he_may_read(site: Site) -> None:
+    """In return queues and lists of results, too; and of others' functions he cannot count anything."""
+    await site.api.users.add("uma", "a password", allow=["code", r"job://core4\.function\.has_no_context/x"])
+    mark = os.urandom(8).hex()
+
+    def script(functions: Functions) -> None:
+        theirs = functions.schedule(
+            shipped.addition, wait=True, category=mark, return_queues=[mark], a=1, b=1
+        )
+        with site.functions(("uma", "a password")) as hers:
+            mine = hers.schedule(shipped.has_no_context, wait=True, category=mark, return_queues=[mark])
+            eventually(lambda: len(functions.client.show_queue(mark)) == 2)
+            assert [row["job_id"] for row in hers.client.show_queue(mark)] == [mine.id]
+            assert [job.id for job in hers.wait_queues([mark], 1)] == [mine.id]
+            found = hers.client.journal(filter={"category": {"gte": mark, "lte": mark}})
+            assert ([row["_id"] for row in found.rows], found.total) == ([mine.id], 1)
+            assert mine.id in {row["job_id"] for row in hers.client.results(namespace="FUNCTIONS").rows}
+            assert theirs.id not in {row["job_id"] for row in hers.client.results(namespace="FUNCTIONS").rows}
+
+    await site.do(script)
+
+
+async def test_names_are_of_their_user(site: Site) -> None:
+    """Nobody takes another user's name away, nor learns of the job that has it."""
+    await site.api.users.add("vera", "a password", allow=["code", r"job://core4\.function\.has_no_context/x"])
+    end, name = site.file(), os.urandom(8).hex()
+
+    def script(functions: Functions) -> None:
+        job = functions.schedule(shipped.waits_for, name, path=str(end))
+        with site.functions(("vera", "a password")) as hers:
+            assert hers.schedule(shipped.has_no_context, name, wait=True).name == name
+        with pytest.raises(ApiError, match="has not ended") as taken:
+            functions.schedule(shipped.has_no_context, name)
+        assert taken.value.body["job_id"] == job.id
+        end.touch()
+        assert job.wait()
+
+    await site.do(script)
+
+
 @pytest.mark.parametrize(
     "code",
     [
@@ -761,6 +806,8 @@ async def test_who_may_not_read_a_job_cannot_depend_on_it(site: Site) -> None:
         "f = lambda: 1",
         "def f(: pass",
         "def f(a=__import__('os').environ, b=evil): pass",
+        " def f():\n  pass\nx=1\n",
+        "def f():\n    pass\n#\n",
         "def f():" + "\n if 1:".join(" " * n for n in range(1, 90)) + "pass",
     ],
 )
@@ -771,6 +818,62 @@ async def test_the_api_checks_the_source_itself(site: Site, code: str) -> None:
 
     assert answer.status == 400, answer.body
     assert answer.body["type"].endswith(("source_refused", "free_name"))
+
+
+@pytest.mark.parametrize(
+    ("frame", "words"),
+    [
+        ('{"complete": {"result": 1e999}}', "1e999 is no JSON"),
+        ('{"complete": {"result": {"$ref": "x", "$id": 1}}}', "begins with `$`"),
+        ('{"drop": 1e999}', "1e999 is no JSON"),
+        ('{"enqueue": {}, "number": 1e999}', "1e999 is no JSON"),
+        ('{"drop": "one"}', "makes no sense"),
+    ],
+)
+async def test_a_forged_frame_ends_its_job(site: Site, frame: str, words: str) -> None:
+    """A function can write to the pipe of its job."""
+
+    def script(functions: Functions) -> None:
+        (job,) = functions.wait([functions.schedule(shipped.forges_frames, frames=[frame])], die=False)
+        assert (job.state, words in job.error["message"]) == ("ERROR", True), job.error
+        assert functions.schedule(shipped.addition, wait=True, a=1, b=1).result == 2
+
+    await site.do(script)
+
+
+async def test_the_right_is_asked_for_before_the_source_is_read(site: Site) -> None:
+    await site.api.users.add("reader", "a password", allow=["cop"])
+    body = {"code": "def f(: pass", "signer": "ann", "signature": "0" * 64}
+    answer = await site.api.call("POST", "/function", json=body, auth=("reader", "a password"))
+
+    assert answer.status == 403, answer.body
+
+
+async def test_results_that_are_no_json_any_more_can_be_looked_at(site: Site) -> None:
+    """As versions before this one, or a hand in the database, have stored them; nor do they harm a worker."""
+
+    def begin(functions: Functions) -> list[Job]:
+        jobs = [functions.schedule(shipped.numbered, number=number) for number in range(2)]
+        functions.wait(jobs)
+        return jobs
+
+    reference, infinite = await site.do(begin)
+    journal = site.house.queue.store.journal
+    for job, result in ((reference, DBRef("x", 1)), (infinite, [float("inf")])):
+        changed = await journal.update_one({"_id": ObjectId(job.id)}, {"$set": {"result": result}})
+        assert changed.modified_count == 1
+
+    def look(functions: Functions) -> None:
+        functions.look([reference, infinite])
+        assert ("DBRef" in reference.result, infinite.result) == (True, [None])
+        assert functions.client.result(reference.id)["result"] == reference.result
+        late = [functions.schedule(shipped.sums_up, dependencies=[each]) for each in (reference, infinite)]
+        functions.wait(late, die=False)
+        assert [job.state for job in late] == ["ERROR"] * 2
+        assert all("is not JSON" in job.error["message"] for job in late)
+        assert functions.schedule(shipped.addition, wait=True, a=1, b=1).result == 2
+
+    await site.do(look)
 
 
 async def test_a_function_enqueues_nothing(site: Site) -> None:

@@ -660,8 +660,11 @@ def nested(levels: int) -> Any:
 
 @pytest.mark.parametrize(
     "result",
-    [2**70, "\ud800", {"a": "x" * 17_000_000}, {"nul\0key": 1}, nested(65), {"a": nested(300)}],
-    ids=["int", "surrogate", "huge", "nul", "deep", "deeper"],
+    [
+        *(2**70, "\ud800", {"a": "x" * 17_000_000}, {"nul\0key": 1}, nested(65), {"a": nested(300)}),
+        *({"$ref": "x", "$id": 1}, [{"a": {"$ref": "x", "$id": 1, "$db": "d"}}], [float("inf")]),
+    ],
+    ids=["int", "surrogate", "huge", "nul", "deep", "deeper", "reference", "inner", "infinite"],
 )
 async def test_a_result_that_cannot_be_stored_is_an_error(queue: JobQueue, result: Any) -> None:
     """It never stays running."""
@@ -669,6 +672,24 @@ async def test_a_result_that_cannot_be_stored_is_an_error(queue: JobQueue, resul
     job = await queue.finish(await run(queue), Outcome.complete(result), log_seq=0)
     assert job.state is State.ERROR
     assert "cannot be stored" in job.document["last_error"]["exception"]
+
+
+async def test_results_that_cannot_be_stored_keep_no_others(queue: JobQueue) -> None:
+    """Of those that are finished together; whatever comes back is what was stored."""
+    for number in range(3):
+        await queue.enqueue(order(args={"n": number}))
+    held = await queue.claims.claim(owner(), namespaces=NAMESPACES, limit=3)
+    started = await queue.start_many([(job, 1) for job in held])
+    results = [{"$ref": "x", "$id": 1}, {"ref": "x"}, {"a": 1.5}]
+    ends = [
+        (job, Outcome.complete(result), 0)
+        for job, result in zip(started, results, strict=True)
+        if isinstance(job, Job)
+    ]
+    found = await queue.finish_many(ends)
+    assert [each.state for each in found if isinstance(each, Job)] == ["error", "complete", "complete"]
+    stored = [(await queue.store.get(job.id)).document["result"] for job in held]
+    assert stored == [None, {"ref": "x"}, {"a": 1.5}]
 
 
 async def test_a_result_that_the_server_refuses_is_an_error(queue: JobQueue) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from bson import ObjectId
+
 from core4.database import Database
 from core4.states import State
 from tests.integration.test_calls import CALLING, SPACES
@@ -30,7 +32,7 @@ async def test_no_job_waits_for_a_look_when_the_stream_breaks_off(
     cut_off = House(far, replace(house.settings, poll=POLL), house.queue, house.logs, house.registry)
     async with cut_off.worker(CALLING, namespaces=SPACES, slots=4):
         floor = Floor(house, tmp_path)
-        ids = []
+        ids: list[ObjectId] = []
         for n in range(CUTS):
             if n % 5 == 0:
                 [await house.reach(job_id, timeout=40) for job_id in ids[-5:]]

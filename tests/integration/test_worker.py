@@ -31,6 +31,7 @@ from core4.states import FINAL, State
 from core4.worker import handle
 from core4.worker.daemon import Worker
 from core4.worker.direct import Direct
+from core4.worker.executor import Execution
 from core4.worker.handle import Launcher
 from core4.worker.output import MOST_LINES, JobLog
 from tests.helpers import eventually_async
@@ -900,6 +901,51 @@ async def test_an_error_in_a_part_of_the_worker_stops_it_and_gives_its_jobs_back
         job = await house.queue.store.get(job_id)
     assert (job.state, job.attempts_left, job.crashes) == (State.PENDING, 1, 0)
     assert (await house.registry.list())[0]["state"] == "down"
+
+
+@pytest.mark.parametrize("step", ["_begin", "_order", "_outcome"])
+async def test_what_nobody_foresaw_of_a_job_ends_that_job(
+    house: House, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, step: str
+) -> None:
+    """It is charged; the worker and its other jobs go on."""
+    method = getattr(Execution, step)
+
+    def broken(self: Execution, *args: Any) -> Any:
+        if self.job.args.get("value") == "poison":
+            raise TypeError("not JSON serializable")
+        return method(self, *args)
+
+    monkeypatch.setattr(Execution, step, broken)
+    async with house.worker() as running:
+        owner = running.worker.owner
+        other = await house.enqueue("sleep", pidfile="/dev/null", value=1)
+        job = await house.reach(
+            await house.enqueue("answer", value="poison", options={"attempts": 2, "error_time": 0})
+        )
+
+        assert (job.state, job.trial, job.crashes, job.attempts_left) == (State.ERROR, 2, 0, 0)
+        assert job.document["error_cat"] == "ERROR"
+        assert "not JSON serializable" in job.document["last_error"]["exception"]
+        assert (await house.reach(other)).state is State.COMPLETE
+        assert running.worker.owner is owner
+    told = [record for record in caplog.records if record.message == "job.unforeseen"]
+    assert len(told) == 2
+    assert all(record.exc_info for record in told)
+
+
+async def test_a_job_that_nobody_can_end_keeps_no_other_from_running(house: House) -> None:
+    """A hand in the database has broken what its retry is made of: it is tried again once a minute."""
+    job_id = await house.enqueue("raises", options={"attempts": 2})
+    await house.queue.store.queue.update_one({"_id": job_id}, {"$set": {"error_time": "soon"}})
+    async with house.worker():
+
+        async def look() -> str:
+            return str((await house.queue.store.get(job_id)).document["history"][-1]["reason"] or "")
+
+        assert "cannot be recorded" in await eventually_async(look)
+        job = await house.queue.store.get(job_id)
+        assert (job.state, job.document.get("due")) == (State.PENDING, None)
+        assert (await house.reach(await house.enqueue("answer"))).state is State.COMPLETE
 
 
 async def test_a_changed_file_is_loaded_again(house: House, tmp_path: Path) -> None:

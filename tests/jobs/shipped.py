@@ -43,6 +43,21 @@ def returns_an_object() -> Any:
     return object()
 
 
+def returns_a_reference() -> Any:
+    """What a driver would make a reference to another document of."""
+    return {"$ref": "x", "$id": 1}
+
+
+def forges_frames(frames: list[str]) -> None:
+    """Says to the worker what it likes."""
+    import os
+    import struct
+
+    for frame in frames:
+        os.write(3, struct.pack(">I", len(frame)) + frame.encode())
+    os._exit(0)
+
+
 def spins() -> None:
     while True:
         pass

@@ -109,6 +109,7 @@ def test_id_and_equalities_come_first() -> None:
 @pytest.mark.parametrize(
     ("given_filter", "private"),
     [
+        ({"category": {"gte": "a"}}, True),
         ({"state": "failed"}, False),
         ({"args.a": 1}, True),
         ({"qual_name": "a"}, True),

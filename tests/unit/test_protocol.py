@@ -46,6 +46,8 @@ def test_lone_surrogates_pass() -> None:
         b'"text"',
         b'{"a": NaN}',
         b'{"a": Infinity}',
+        b'{"a": 1e999}',
+        b'{"drop": -1e999}',
         b"\xff\xfe",
         b"[" * 100_000,
         b'{"a":',

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from core4.context import result_problem
 from core4.results import Status, has_ended, result_of, status_of
 from core4.states import State
 
@@ -72,3 +73,23 @@ def test_a_retry_hides_the_error_before() -> None:
     found = result_of(document(State.RUNNING, last_error={"exception": "no"}, result=None))
 
     assert (found["result"], found["error"]) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("result", "words"),
+    [
+        ({"$ref": "x", "$id": 1}, "begins with `$`"),
+        ([{"a": ({"$code": "x"},)}], "begins with `$`"),
+        ({"a\0b": 1}, "has NUL"),
+        ({1: 2}, "the key 1 is not a text"),
+        ({"a": float("inf")}, "result is not JSON"),
+        ("x" * 100, "over the limit of 90"),
+    ],
+)
+def test_what_would_not_come_back_is_no_result(result: Any, words: str) -> None:
+    """Arguments refuse the same, and a driver would make a reference of the first."""
+    assert words in (result_problem(result, 90) or "")
+
+
+def test_names_may_have_dollars_and_dots_in_them() -> None:
+    assert result_problem({"a$": {"b.c": [1, 1.5, None, ""]}}, 90) is None

@@ -76,6 +76,7 @@ def test_a_free_name_is_refused(text: str, name: str) -> None:
         *("", "1", "f = lambda: 1", "class A: pass", "def f(): pass\nf()", "@a\ndef f(): pass"),
         *("def f(): global x; x = 1", "def f(*a): pass", "def f(a, /): pass", "def f(", "def \xe4(): pass"),
         *("def f(): return '\ud800'", "def f(): return " + "(" * 300 + ")" * 300, "def f():\n  '\0'"),
+        *(" def f():\n  pass\nx=1\n", " def f():\n  pass\nelse:\n  x=1\n", " def f(): pass\nelif 1: pass"),
         "def f(): return " + "-" * 500 + "1",
         "def f(): return '" + "x" * sources.SIZE + "'",
     ],
@@ -85,6 +86,116 @@ def test_what_is_no_plain_function_is_refused(text: str) -> None:
         sources.read(text)
     with pytest.raises(SourceRefused):
         sources.stored(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("x = x", "x"),
+        ("x += 1", "x"),
+        ("y = x\n  x = 1", "x"),
+        ("x = [each for each in x]", "x"),
+        ("def x(a=x): pass", "x"),
+        ("class x(x): pass", "x"),
+        ("for x in x: pass", "x"),
+        ("del x\n  x = 1", "x"),
+    ],
+)
+def test_a_class_reads_its_own_names_after_it_has_set_them(text: str, name: str) -> None:
+    """What it reads before comes from outside of the function, not from around the class."""
+    with pytest.raises(FreeName, match=rf"name \[{name}\]"):
+        sources.read(f"def f(x):\n class A:\n  {text}")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "x = 1\n  y = x + 1\n  x += y",
+        "for i in range(3): y = i",
+        "import os.path as p, os\n  q = p, os",
+        "def x(self): return 1\n  y = property(x)",
+        "int = int\n  f = f",
+        "try: pass\n  except ValueError as e: y = e",
+        "match 1:\n   case [*x]: y = x\n   case {**z}: y = z\n   case w: y = w",
+        "nonlocal x\n  x = x + 1",
+        "with open('a') as b: y = b",
+        "y = lambda a=1: z\n  z = 1",
+        "y = (z := 1), z",
+    ],
+)
+def test_a_class_that_sets_its_names_first_is_accepted(text: str) -> None:
+    before = " z = 0\n" if "lambda" in text else ""
+    compile(sources.read(f"def f(x):\n{before} class A:\n  {text}").code, "f", "exec")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("__debug__ = 1", "def __debug__(): pass", "import os as __debug__", "print(__debug__=1)"),
+        *("x.__debug__ = 1", "g = lambda __debug__: 1", "for __debug__ in x: pass"),
+    ],
+)
+def test_what_cannot_be_compiled_is_refused(text: str) -> None:
+    with pytest.raises(SourceRefused):
+        sources.stored(f"def f(x):\n {text}\n")
+    assert sources.stored("def f(x):\n return __debug__, x.__debug__\n").method == "f"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "return f'{x:\\x7bcity\\x7d}'",
+        "return f'{x:\\173city\\175}'",
+        "return f'{x:{y}\\x7bcity\\x7d}'",
+        "return f'{x:\\N{LEFT CURLY BRACKET}city\\N{RIGHT CURLY BRACKET}}'",
+    ],
+)
+@pytest.mark.parametrize("values", [{}, {"city": "{__import__('os').getpid()}"}])
+def test_a_brace_in_a_format_is_refused(text: str, values: dict[str, str]) -> None:
+    """Written down it would be code, or something else."""
+    with pytest.raises(SourceRefused, match="brace in the format"):
+        sources.read(f"def f(x, y=1):\n {text}", values)
+
+
+def test_a_value_that_would_be_read_as_something_else_is_refused() -> None:
+    text = "def f(x):\n match x:\n  case '{city}': return 1"
+
+    assert sources.read(text, {"city": "Bern"}).method == "f"
+    with pytest.raises(SourceRefused, match="something else"):
+        sources.read(text, {"city": {"a": 1}})
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "def f():\n    return 1\n#\n",
+        "def f():\n    return 1",
+        "def f():\n    return (1)\n",
+        "def f():\n    return  1\n",
+        "def f():\n    return u'a'\n",
+        "def f(a: int):\n    return 1\n",
+        "def f(self):\n    return 1\n",
+        "def f(): return 1\n",
+        " def f():\n    return 1\n",
+    ],
+)
+def test_a_function_has_one_form(code: str) -> None:
+    """Else what was revoked could be sent again with one comment more."""
+    with pytest.raises(SourceRefused, match="not in its one form"):
+        sources.sent(code)
+    found = sources.read(code)
+    assert sources.sent(found.code) == found
+
+
+def test_large_numbers_are_values() -> None:
+    found = sources.read("def f(): return '{a}', '{b}'", {"a": -(10**400), "b": -0.0})
+    scope: dict[str, Any] = {}
+    exec(found.code, scope)
+
+    assert scope["f"]()[0] == -(10**400)
+    for value in (10**5000, [-(10**5000)]):
+        with pytest.raises(SourceRefused, match="more than 4096 bits"):
+            sources.read("def f(): return '{a}'", {"a": value})
 
 
 @given(JSON)

@@ -263,7 +263,7 @@ CIRCULAR.append(CIRCULAR)
     ("value", "words"),
     [
         ({1: "a"}, "the key 1 is not a text"),
-        ([{"deep": {None: 1}}], "the key 'null' is not a text"),
+        ([{"deep": {None: 1}}], "the key None is not a text"),
         (float("nan"), "not JSON"),
         (object(), "not JSON"),
         ({1, 2}, "not JSON"),
