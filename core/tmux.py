@@ -22,6 +22,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
+
 from core4.config import PREFIX, Settings, without_settings
 from core4.embedded import database_url, write_private
 from core4.errors import ConfigError, Core4Error
@@ -52,6 +54,11 @@ class Window:
         found = _LAUNCH.search(command)
         self.launch = found[1] if found else ""
         self._status, self._signal = status, signal
+
+    @property
+    def ended(self) -> bool:
+        """True if its worker has ended; tmux shows the end of its output a moment before it knows how."""
+        return self.dead and (bool(self._status or self._signal) or not psutil.pid_exists(self.pid))
 
     @property
     def how(self) -> str:
@@ -156,9 +163,9 @@ class Windows:
 
     def ended(self) -> dict[str, str]:
         windows = self.all()
-        gone = {window.launch: window.how for window in windows if window.dead}
+        gone = {window.launch: window.how for window in windows if window.ended}
         for window in windows:
-            if window.dead:
+            if window.ended:
                 self._run("kill-window", "-t", f"{SESSION}:{window.name}")
         there = {window.launch for window in windows}
         gone |= dict.fromkeys(self._known - there, "its window was closed")
