@@ -24,7 +24,7 @@ def _there(_context: click.Context, _parameter: click.Parameter, files: tuple[st
     """The files, if they are there. A worker that is up loads what it can, and goes on without the rest."""
     for each in files:
         if (each.endswith(".py") or os.sep in each) and (not os.path.exists(each) or os.path.isdir(each)):
-            raise click.BadParameter(f"there is no file {each}")
+            raise click.BadParameter(f"no such file: {each}; `core4 init FILE` writes a first job file")
     return files
 
 

@@ -92,12 +92,12 @@ async def test_a_worker_over_http_runs_jobs_like_any_other(house: House, manager
     """Result, failure with its retry, progress, log, kill: all as with a database."""
     async with remote_worker(house.settings, manager.root) as running:
         await eventually_async(lambda: is_up(house, running), what="it is registered")
-        good = await house.enqueue("answer", value={"$date": "kept", "n": [1, None]})
+        good = await house.enqueue("answer", value={"date$": "kept", "n": [1, None]})
         bad = await house.enqueue("raises", options={"attempts": 1})
         long = await house.enqueue("sleep", value=60)
 
         done = await house.reach(good)
-        assert (done.state, done.document["result"]) == (State.COMPLETE, {"$date": "kept", "n": [1, None]})
+        assert (done.state, done.document["result"]) == (State.COMPLETE, {"date$": "kept", "n": [1, None]})
         failed = await house.reach(bad)
         assert failed.state is State.ERROR
         assert "start execution" in await house.messages(bad)
