@@ -199,7 +199,7 @@ def blind_retry_of_an_enqueue() -> None:
             except AutoReconnect:
                 document = {**document, "_id": ObjectId(), "unique_key": uuid.uuid4().hex}
             except DuplicateKeyError as error:
-                holder = await self.queue.find_one({"unique_key": document["unique_key"]}, {"_id": 1})
+                holder = await self.queue.find_one({"unique_key": document.get("unique_key", "")}, {"_id": 1})
                 if holder is not None and holder["_id"] != document["_id"]:
                     raise JobExists(holder["_id"], document["name"]) from error
                 return Job.from_document(document)
