@@ -84,8 +84,8 @@ class Attendance:
             self._expect((due - utcnow()).total_seconds())
 
     def _expect(self, seconds: float) -> None:
-        # All of them expect the same: the first does it, and the others find nothing left.
-        self._lookout.expect(seconds + random.uniform(0, self._settings.poll / 10))
+        # All of them expect the same: apart enough that the first does it, and the others find nothing left.
+        self._lookout.expect(seconds + random.uniform(0, self._settings.poll / 2))
 
     async def _wake(self) -> None:
         """Make due what has waited long enough."""
