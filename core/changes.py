@@ -29,7 +29,8 @@ QUIET = 10  # pauses that pass between two looks without a hint while the feed i
 
 @dataclass(frozen=True)
 class Change:
-    """One change. `fields`: the whole document of an insert, the changed fields of an update.
+    """One change. `fields`: the whole document of an insert, the changed fields of an update, None for those
+    that it removed.
 
     A ``resync`` says that anything may have changed: look at all you hold.
     """
@@ -117,7 +118,8 @@ class Lookout:
 
     def __init__(self, live: Callable[[], bool], pause: float) -> None:
         self._live, self._pause = live, pause
-        self._hinted, self._quiet = True, False
+        self._hinted = True
+        self.quiet = False  # the last look came without a hint, or has seen that no other is needed soon
         self._expected: float | None = None
         self._stirred = asyncio.Event()
 
@@ -135,7 +137,7 @@ class Lookout:
 
     def looking(self) -> None:
         """A look begins: it sees whatever was hinted at before."""
-        self._quiet = not self._hinted
+        self.quiet = not self._hinted
         self._hinted, self._expected = False, None
 
     async def wait(self) -> None:
@@ -143,7 +145,7 @@ class Lookout:
         began, pause = time.monotonic(), jittered(self._pause)
         while not self._hinted:
             now = time.monotonic()
-            pauses = QUIET if self._quiet and self._live() else 1
+            pauses = QUIET if self.quiet and self._live() else 1
             if now >= began + pauses * pause or (self._expected is not None and now >= self._expected):
                 return
             # No longer than a pause: the feed may break off.
@@ -171,7 +173,9 @@ def _change(document: Mapping[str, Any]) -> Change:
         case "insert" | "replace":
             return Change("insert", collection, key, document.get("fullDocument") or {})
         case "update":
-            return Change("update", collection, key, document["updateDescription"]["updatedFields"])
+            told = document["updateDescription"]
+            gone = dict.fromkeys(told.get("removedFields") or ())
+            return Change("update", collection, key, {**gone, **told["updatedFields"]})
         case "delete":
             return Change("delete", collection, key)
     return Change("resync")  # drop, rename, invalidate

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime, timedelta
 from functools import partial
@@ -18,7 +18,7 @@ from pymongo.errors import DuplicateKeyError
 
 from core4 import transitions
 from core4.controls import Controls, RateStore, Starts
-from core4.database import Document
+from core4.database import Document, exactly
 from core4.errors import LeaseLost
 from core4.jobs import FORCED_BELOW, Job, Owner
 from core4.outbox import Outbox
@@ -28,6 +28,20 @@ from core4.store import QUEUE, JobStore, readable
 _NO_CONTROLS = Controls()
 PEEK = 64  # candidates read at once where the server cannot limit a scan
 WOKEN = 64  # jobs of a name read and woken at once
+# All that stand in line, wherever: named, the namespace leads a server to the index of the line.
+_LINE: Document = {"due": True, "namespace": {"$gte": ""}}
+
+
+class Claimed(list[Job]):
+    """The jobs that one look has taken.
+
+    `more` is False if no other look will find any before something changes; `pinned` the same for those
+    that are for this worker alone.
+    """
+
+    def __init__(self, jobs: Iterable[Job] = (), *, more: bool = True, pinned: bool = True) -> None:
+        super().__init__(jobs)
+        self.more, self.pinned = more, pinned
 
 
 class Claims:
@@ -48,13 +62,15 @@ class Claims:
         full: Collection[str] = (),
         forced: bool = False,
         awaited: bool = False,
+        pinned: bool = True,
         controls: Controls = _NO_CONTROLS,
-    ) -> list[Job]:
+    ) -> Claimed:
         """Up to `limit` due jobs of `namespaces`, now held by `owner`, first in line first.
 
         `full` are names of jobs that this worker must not start now, `controls` is what operators hold
         back. With `forced` only jobs with force are taken: they are the first in rank, so the same index
-        gives them. With `awaited` only jobs that somebody waits for.
+        gives them. With `awaited` only jobs that somebody waits for. Without `pinned` those that are for
+        this worker alone, which stand in no line, are not looked for.
         """
         where: Document = {"name": {"$nin": list(full)}} if full else {}
         if awaited:
@@ -62,43 +78,58 @@ class Claims:
         if forced:
             where["rank"] = {"$lt": FORCED_BELOW}
         namespaces = controls.opened(namespaces)
-        claimed: list[Job] = []
-        again = True
-        while again and not claimed:
-            claimed, paused, again = await self._claim_some(owner, namespaces, where, limit, controls)
+        while True:
+            claimed, paused, again = await self._claim_some(
+                owner, namespaces, where, limit, controls, pinned=pinned
+            )
             for name in paused:
                 await self.park(name)
+            if claimed or not again:
+                break
+        if where or controls.closed:
+            claimed.more = claimed.pinned = True
         return claimed
 
     async def _claim_some(
-        self, owner: Owner, namespaces: Sequence[str], where: Document, limit: int, controls: Controls
-    ) -> tuple[list[Job], set[str], bool]:
+        self,
+        owner: Owner,
+        namespaces: Sequence[str],
+        where: Document,
+        limit: int,
+        controls: Controls,
+        *,
+        pinned: bool,
+    ) -> tuple[Claimed, set[str], bool]:
         """Some due jobs, the paused names that were met, and whether others left the line."""
         closed: Document = {"namespace": {"$nin": controls.closed}} if controls.closed else {}
         peek = limit > 1 or not self._store.database.find_and_modify
-        pinned, waiting = await asyncio.gather(
-            self._pinned(owner, {**where, **closed}, limit),
+        own, (waiting, more) = await asyncio.gather(
+            self._pinned(owner, {**where, **closed}, limit if pinned else 0),
             self._peek(namespaces if peek else (), where, limit + 8),
         )
-        if pinned and not peek:
-            peek, waiting = True, await self._peek(namespaces, where, limit + 8)
+        if own and not peek:
+            peek, (waiting, more) = True, await self._peek(namespaces, where, limit + 8)
         if peek:
-            candidates = sorted([*pinned, *waiting], key=lambda doc: doc["rank"])
+            candidates = sorted([*own, *waiting], key=lambda doc: doc["rank"])
             paused = {doc["name"] for doc in candidates if controls.of_name(doc["name"])}
             free = [doc for doc in candidates if doc["name"] not in paused]
-            taken = [await self.admitted(job) for job in await self.take(owner, free, limit)]
-            return [job for job in taken if job is not None], paused, bool(paused) or None in taken
-        claimed: list[Job] = []
-        while len(claimed) < limit:
+            held = await self.take(owner, free, limit)
+            taken = [await self.admitted(job) for job in held]
+            more = more or self._raced or len(held) >= limit
+            found = Claimed([job for job in taken if job is not None], more=more, pinned=more and bool(own))
+            return found, paused, bool(paused) or None in taken
+        found = Claimed(pinned=False)
+        while len(found) < limit:
             job = await self._find_and_claim(owner, namespaces, where)
             if job is None:
+                found.more = False
                 break
             if controls.of_name(job.name):
                 await self._put_aside(job, "paused")
-                return claimed, {job.name}, True
+                return found, {job.name}, True
             admitted = await self.admitted(job)
-            claimed += [admitted] if admitted else []
-        return claimed, set(), False
+            found += [admitted] if admitted else []
+        return found, set(), False
 
     async def admitted(self, job: Job) -> Job | None:
         """The claimed job within its limits across all workers; None if it has left the line for them."""
@@ -145,7 +176,7 @@ class Claims:
     async def _park_all(self, job: Job, held: str, **same: Any) -> None:
         """Take all out of the line that stand in it for the same: each would be claimed to be put aside."""
         pinned: Document = {"held": "worker", "worker": job.worker, "query_at": None}
-        line: Document = pinned if job.worker else {"due": True}
+        line: Document = pinned if job.worker else _LINE
         await self._store.queue.update_many(
             {**line, **same}, {"$set": {"held": held}, "$unset": {"due": 1}, "$inc": {"rev": 1}}
         )
@@ -159,32 +190,42 @@ class Claims:
     # ------------------------------------------------------------------ the line
 
     async def _pinned(self, owner: Owner, some: Document, limit: int) -> list[Document]:
-        where: Document = {"held": "worker", "worker": owner.worker, "query_at": None, **some}
+        if not limit:
+            return []
+        where: Document = {"held": "worker", "worker": exactly(owner.worker), "query_at": None, **some}
         return await self._store.queue.find(where).sort("rank", 1).limit(limit).to_list(None)
 
-    async def _peek(self, namespaces: Sequence[str], some: Document, count: int) -> list[Document]:
+    async def _peek(
+        self, namespaces: Sequence[str], some: Document, count: int
+    ) -> tuple[list[Document], bool]:
+        """The first in each line, and whether one of them is longer."""
         found: list[Document] = []
+        longer = False
         for namespace in namespaces:
-            found += await self._peek_namespace(namespace, some, count)
-        return found
+            first, more = await self._peek_namespace(namespace, some, count)
+            found, longer = found + first, longer or more
+        return found, longer
 
-    async def _peek_namespace(self, namespace: str, some: Document, count: int) -> list[Document]:
+    async def _peek_namespace(
+        self, namespace: str, some: Document, count: int
+    ) -> tuple[list[Document], bool]:
         """The first in line. Where the server reads all that match, a bound on the rank keeps that few."""
         where: Document = {"due": True, "namespace": namespace, **some}
         if "rank" in some:  # bound already, and what it finds says nothing of the rest of the line
-            return await self._store.queue.find(where).sort("rank", 1).limit(count).to_list(None)
+            return await self._first(where, count), True
         horizon = self._horizon.get(namespace)
-        if horizon is not None:
-            near = {**where, "rank": {"$lt": horizon}}
-            found = await self._store.queue.find(near).sort("rank", 1).limit(count).to_list(None)
-            if found:
-                return found
-        found = await self._store.queue.find(where).sort("rank", 1).limit(max(PEEK, count)).to_list(None)
-        if len(found) >= max(PEEK, count):
+        if horizon is not None and (found := await self._first({**where, "rank": {"$lt": horizon}}, count)):
+            return found, True
+        found = await self._first(where, max(PEEK, count))
+        longer = len(found) >= max(PEEK, count)
+        if longer:
             self._horizon[namespace] = found[-1]["rank"] + 1
         else:
             self._horizon.pop(namespace, None)
-        return found
+        return found, longer
+
+    async def _first(self, where: Document, count: int) -> list[Document]:
+        return await self._store.queue.find(where).sort("rank", 1).limit(count).to_list(None)
 
     async def take(self, owner: Owner, candidates: Sequence[Document], limit: int) -> list[Job]:
         # What is in another state only a hand puts in line; see core4.doctor.
@@ -231,7 +272,7 @@ class Claims:
     async def park(self, name: str) -> int:
         """Take the jobs of a paused name out of the line, so that they are in nobody's way."""
         update: Document = {"$set": {"held": "paused"}, "$unset": {"due": 1}, "$inc": {"rev": 1}}
-        free = await self._store.queue.update_many({"due": True, "name": name}, update)
+        free = await self._store.queue.update_many({**_LINE, "name": name}, update)
         pinned = await self._store.queue.update_many(
             {"held": "worker", "query_at": None, "name": name}, update
         )

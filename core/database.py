@@ -41,6 +41,23 @@ _BUSY = frozenset(
 )  # locks, time limits, conflicts, interruption, a full disk
 
 
+class ScaleIndex(IndexModel):
+    """An index that pays in large collections only.
+
+    The embedded Python server reads the definitions of all indexes of a collection for each write, several
+    times over, and is for small ones: there it is not made.
+    """
+
+
+def exactly(value: Any) -> Document:
+    """The clause of a filter for a field that equals `value`, beside an ``_id`` that is asked for anyway.
+
+    The embedded Python server looks for an index for each field with a plain value, which costs it more than
+    the write itself; one that must exist, too, is left alone. To MongoDB both are the same.
+    """
+    return {"$eq": value, "$exists": True}
+
+
 @dataclass(frozen=True)
 class Page:
     """One page of stored documents and how many there are behind the filter, if they were counted."""
@@ -126,7 +143,12 @@ class Database:
     async def ensure_indexes(self, indexes: Mapping[str, Sequence[IndexModel]]) -> None:
         """Make what is missing of `indexes` (by collection); safe to repeat and to race."""
         for collection, models in indexes.items():
-            await self._database.get_collection(collection).create_indexes(list(models))
+            if made := self._made(models):
+                await self._database.get_collection(collection).create_indexes(made)
+
+    def _made(self, models: Sequence[IndexModel]) -> list[IndexModel]:
+        """Those of the indexes that this server gets."""
+        return [model for model in models if self.find_and_modify or not isinstance(model, ScaleIndex)]
 
     async def missing_indexes(self, indexes: Mapping[str, Sequence[IndexModel]]) -> list[tuple[str, str]]:
         """Collection and name of each of `indexes` that is not there; of collections with documents."""
@@ -136,7 +158,7 @@ class Database:
             if await table.find_one({}, {"_id": 1}) is None:
                 continue
             there = await table.index_information()
-            names = (str(model.document["name"]) for model in models)
+            names = (str(model.document["name"]) for model in self._made(models))
             missing += [(collection, name) for name in names if name not in there]
         return missing
 

@@ -19,7 +19,7 @@ from pymongo import DeleteOne, ReplaceOne
 from pymongo.errors import BulkWriteError, DuplicateKeyError, PyMongoError
 
 from core4 import chains, transitions
-from core4.database import Document, only_duplicates
+from core4.database import Document, exactly, only_duplicates
 from core4.errors import BadArguments, Conflict, JobExists, JobNotFound, Unavailable
 from core4.events import audit_of
 from core4.jobs import Job, utcnow
@@ -69,7 +69,7 @@ class Outbox:
         document = await self._store.journal.find_one({"_id": fresh.id})
         if document is None:
             return fresh
-        await self._store.queue.delete_one({"_id": fresh.id, "rev": fresh.rev})
+        await self._store.queue.delete_one({"_id": fresh.id, "rev": exactly(fresh.rev)})
         return Job.from_document(document, journal=True)
 
     async def cas_and_settle(self, seen: Job, change: Change) -> int:
@@ -344,12 +344,11 @@ class Outbox:
             # No job leaves the queue before all that was done to it is told.
             await self._store.events.complete(audit_of(job.document))
             try:
-                await self._store.journal.replace_one(
-                    {"_id": job.id, "rev": {"$lt": job.rev}}, copy, upsert=True
-                )
+                await self._store.journal.insert_one(copy)
             except DuplicateKeyError:
-                pass  # this revision or a newer one is there
-            deleted = await self._store.queue.delete_one({"_id": job.id, "rev": job.rev})
+                # This revision or another: only an older one is replaced.
+                await self._store.journal.replace_one({"_id": job.id, "rev": {"$lt": job.rev}}, copy)
+            deleted = await self._store.queue.delete_one({"_id": job.id, "rev": exactly(job.rev)})
             if deleted.deleted_count:
                 return
             document = await self._store.queue.find_one({"_id": job.id})
@@ -363,16 +362,16 @@ class Outbox:
         Raises: PyMongoError.
         """
         await self._store.events.complete([line for job in jobs for line in audit_of(job.document)])
-        copies = [
-            ReplaceOne({"_id": job.id, "rev": {"$lt": job.rev}}, _journaled(job), upsert=True) for job in jobs
-        ]
+        copies = [_journaled(job) for job in jobs]
         try:
-            await self._store.journal.bulk_write(copies, ordered=False)
+            await self._store.journal.insert_many(copies, ordered=False)
         except BulkWriteError as error:
             if not only_duplicates(error):
                 raise
+            older = [ReplaceOne({"_id": copy["_id"], "rev": {"$lt": copy["rev"]}}, copy) for copy in copies]
+            await self._store.journal.bulk_write(older, ordered=False)
         # This revision of each, or a newer one, is in the journal now.
-        copied = [DeleteOne({"_id": job.id, "rev": job.rev}) for job in jobs]
+        copied = [DeleteOne({"_id": job.id, "rev": exactly(job.rev)}) for job in jobs]
         deleted = await self._store.queue.bulk_write(copied, ordered=False)
         # If one was not deleted, each is looked at alone: to move again does no harm.
         return {job.id for job in jobs} if deleted.deleted_count == len(jobs) else set()

@@ -21,7 +21,7 @@ from pymongo.errors import ConnectionFailure, DocumentTooLarge, WriteError
 from core4 import chains, identifiers, jobs, transitions
 from core4.claims import Claims
 from core4.config import Settings
-from core4.database import Database, refuses_content
+from core4.database import Database, exactly, refuses_content
 from core4.errors import Conflict, Core4Error, JobNotFound, LeaseLost, Unavailable
 from core4.jobs import Job, JobOrder, utcnow
 from core4.outbox import Outbox
@@ -78,7 +78,7 @@ class JobQueue:
         lease = transitions.lease_of(job)
         if await self.store.journal.find_one({"_id": job.id}, {"_id": 1}) is not None:
             # An id that is in the journal is done: this is a leftover of a move or a late insert.
-            await self.store.queue.delete_one({"_id": job.id, "lease.id": lease.id})
+            await self.store.queue.delete_one({"_id": job.id, "lease.id": exactly(lease.id)})
             raise LeaseLost(job.id, lease.id)
 
         return await self.store.held(job, lease, lambda seen: transitions.start(seen, lease, pid))
@@ -105,7 +105,7 @@ class JobQueue:
         lease = transitions.lease_of(job)
         text = None if message is None else transitions.clean(message)
         result = await self.store.queue.update_one(
-            {"_id": job.id, "state": State.RUNNING.value, "lease.id": lease.id},
+            {"_id": job.id, "state": exactly(State.RUNNING.value), "lease.id": exactly(lease.id)},
             {
                 "$set": {"prog.value": value, "prog.message": text, "locked.heartbeat": utcnow()},
                 "$inc": {"rev": 1},
@@ -358,12 +358,11 @@ class JobQueue:
 
     async def expire(self, limit: int = 200) -> int:
         """End deferred jobs whose window has passed."""
-        late = await self.store.queue.find({"expires": {"$lte": utcnow()}}).limit(limit).to_list(None)
-        done = 0
-        for seen in readable(late):
-            if seen.state is State.DEFERRED:
-                done += await self.outbox.cas_and_settle(seen, transitions.expire(seen))
-        return done
+        late = {"state": State.DEFERRED.value, "expires": {"$lte": utcnow(), "$exists": True}}
+        rows = await self.store.queue.find(late).limit(limit).to_list(None)
+        return sum(
+            [await self.outbox.cas_and_settle(seen, transitions.expire(seen)) for seen in readable(rows)]
+        )
 
     async def rescue(self, alive: Callable[[], Awaitable[Collection[str]]]) -> int:
         """Take running jobs away from owners that are not `alive`, and from nobody; returns how many.

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime, timedelta
-from itertools import count, product
+from itertools import count
 from typing import Any
 
 from pymongo import IndexModel
 from pymongo.errors import DuplicateKeyError
 
 from core4 import handshake
-from core4.database import Database, Document
+from core4.database import Database, Document, ScaleIndex, exactly
 from core4.errors import Unavailable
 from core4.jobs import Owner, utcnow
 
@@ -19,10 +19,10 @@ WORKER = "sys.worker"
 INDEXES = {
     WORKER: (
         IndexModel([("state", 1), ("beat", 1)], name="state"),
-        IndexModel([("jobs", 1), ("state", 1)], name="jobs"),
+        ScaleIndex([("jobs", 1), ("state", 1)], name="jobs"),
         # Only those that live have a number.
         IndexModel([("nr", 1)], name="nr", unique=True, partialFilterExpression={"nr": {"$exists": True}}),
-        IndexModel([("launch", 1)], name="launch", sparse=True),
+        ScaleIndex([("launch", 1)], name="launch", sparse=True),
     )
 }
 
@@ -138,7 +138,7 @@ class WorkerRegistry:
         `gate` is why it starts only forced jobs just now, `paused` that it starts none by its own decision.
         """
         result = await self._workers.update_one(
-            {"_id": owner.id, "state": {"$in": ["up", "drain"]}},
+            {"_id": owner.id, "state": {"$in": ["up", "drain"], "$exists": True}},  # see `exactly`
             {
                 "$currentDate": {"beat": True},
                 "$set": {
@@ -165,17 +165,19 @@ class WorkerRegistry:
 
         Whoever loads its jobs holds none yet, and does not renew: it gets longer.
         """
-        buried: list[str] = []
         now = await self._database.server_time()
+        first = now - timedelta(seconds=min(dead_after, LOADING))
         # One without a beat never registered as a worker does: somebody wrote it by hand.
-        limits = [("new", max(dead_after, LOADING)), ("up", dead_after), ("drain", dead_after)]
-        for (state, after), silent in product(limits, (True, False)):
-            beat = {"$lt": now - timedelta(seconds=after)} if silent else None
-            late = await self._workers.find({"state": state, "beat": beat}, {"_id": 1}).to_list(None)
-            why = f"no sign of life for more than {after:g} s"
-            for worker in late:
-                where = {"_id": worker["_id"], "state": state, "beat": beat}
-                buried += [worker["_id"]] if await self._end(where, "dead", why) else []
+        where = {"state": {"$in": LIVING}, "beat": {"$not": {"$gte": first}}}
+        buried: list[str] = []
+        for worker in await self._workers.find(where, {"state": 1, "beat": 1}).to_list(None):
+            beat, after = worker.get("beat"), dead_after
+            if worker["state"] == "new":
+                after = max(dead_after, LOADING)
+            if not isinstance(beat, datetime) or beat < now - timedelta(seconds=after):
+                seen = {"_id": worker["_id"], "state": exactly(worker["state"]), "beat": beat}
+                why = f"no sign of life for more than {after:g} s"
+                buried += [worker["_id"]] if await self._end(seen, "dead", why) else []
         return buried
 
     async def condemn(self, owner_id: str, why: str) -> bool:
@@ -209,9 +211,9 @@ class WorkerRegistry:
 
     async def serves(self, name: str, namespace: str | None = None) -> bool:
         """True if a living worker runs jobs of this name (in this namespace)."""
-        where: dict[str, Any] = {"jobs": name, "state": "up"}
+        where: dict[str, Any] = {"state": "up", "jobs": exactly(name)}
         if namespace is not None:
-            where["namespaces"] = namespace
+            where["namespaces"] = exactly(namespace)
         return await self._workers.find_one(where, {"_id": 1}) is not None
 
     async def list(self, limit: int = 200, where: Document | None = None) -> list[Document]:

@@ -29,7 +29,7 @@ from pymongo.errors import (
 
 from core4 import database as databases
 from core4 import identifiers, states, transitions
-from core4.database import Database, Document, Page, refuses_content
+from core4.database import Database, Document, Page, ScaleIndex, exactly, refuses_content
 from core4.errors import Core4Error, JobExists, JobNotFound, LeaseLost, SourceRefused, Unavailable
 from core4.events import EventStore, audit_of
 from core4.jobs import HISTORY_LIMIT, Job, Lease, canonical
@@ -44,7 +44,7 @@ QUEUE, JOURNAL = "sys.queue", "sys.journal"
 # Jobs of functions are looked for by what their callers call them; other jobs are not in there.
 _OF_FUNCTIONS = (
     IndexModel([("label", 1)], name="label", sparse=True),
-    IndexModel(
+    ScaleIndex(
         [("category", 1), ("_id", 1)],
         name="category",
         partialFilterExpression={"function": {"$exists": True}},
@@ -53,9 +53,8 @@ _OF_FUNCTIONS = (
 
 INDEXES: Mapping[str, Sequence[IndexModel]] = {
     QUEUE: (
-        IndexModel(
-            [("due", 1), ("namespace", 1), ("rank", 1)], name="claim", partialFilterExpression={"due": True}
-        ),
+        # Due is what is in it: the namespace comes first, so that each line is read from its beginning.
+        IndexModel([("namespace", 1), ("rank", 1)], name="line", partialFilterExpression={"due": True}),
         IndexModel([("state", 1), ("rank", 1)], name="state"),
         IndexModel(
             [("unique_key", 1)],
@@ -67,23 +66,23 @@ INDEXES: Mapping[str, Sequence[IndexModel]] = {
         IndexModel(
             [("slot", 1)], name="slot", unique=True, partialFilterExpression={"slot": {"$exists": True}}
         ),
-        IndexModel(
+        ScaleIndex(
             [("slot_key", 1), ("rank", 1)],
             name="slot_key",
             partialFilterExpression={"held": "max_running"},
         ),
-        IndexModel([("name", 1), ("rank", 1)], name="rate", partialFilterExpression={"held": "rate_limit"}),
+        ScaleIndex([("name", 1), ("rank", 1)], name="rate", partialFilterExpression={"held": "rate_limit"}),
         # Fields that only few documents have: these indexes cost the others nothing.
         IndexModel([("held", 1)], name="held", sparse=True),
-        IndexModel([("lease.owner", 1)], name="owner", sparse=True),
+        ScaleIndex([("lease.owner", 1)], name="owner", sparse=True),
         IndexModel([("query_at", 1)], name="query_at", sparse=True),
-        IndexModel([("expires", 1)], name="expires", sparse=True),
+        ScaleIndex([("expires", 1)], name="expires", sparse=True),
         IndexModel([("settle", 1)], name="settle", sparse=True),
-        IndexModel([("request_id", 1)], name="request_id"),
+        ScaleIndex([("request_id", 1)], name="request_id"),
         IndexModel([("audit", 1)], name="audit", sparse=True),
-        IndexModel([("stopped_at", 1)], name="stopped_at", sparse=True),
+        ScaleIndex([("stopped_at", 1)], name="stopped_at", sparse=True),
         IndexModel([("open_deps", 1)], name="open_deps", sparse=True),
-        IndexModel([("chain_id", 1)], name="chain_id", sparse=True),
+        ScaleIndex([("chain_id", 1)], name="chain_id", sparse=True),
         *_OF_FUNCTIONS,
     ),
     JOURNAL: (
@@ -332,12 +331,13 @@ class JobStore:
 
     async def running(self, owner_id: str) -> list[Job]:
         """All jobs held by this owner."""
-        documents = await self.queue.find({"lease.owner": owner_id}).to_list(None)
+        where = {"state": State.RUNNING.value, "lease.owner": exactly(owner_id)}
+        documents = await self.queue.find(where).to_list(None)
         return list(readable(documents))
 
     async def held_by(self, owners: Collection[str]) -> dict[str, list[Document]]:
         """The jobs (`_id`, `name`) that each of these owners holds; those with none are left out."""
-        where = {"lease.owner": {"$in": list(owners)}}
+        where = {"state": State.RUNNING.value, "lease.owner": {"$in": list(owners), "$exists": True}}
         found: dict[str, list[Document]] = {}
         for row in await self.queue.find(where, {"name": 1, "lease.owner": 1}).to_list(None):
             found.setdefault(row["lease"]["owner"], []).append({"_id": row["_id"], "name": row["name"]})
@@ -478,7 +478,7 @@ class JobStore:
             await self.events.complete(audit_of(job.document))
             table = self.journal if job.journal else self.queue
             # Not a revision of its own: nothing that anybody decides on has changed.
-            await table.update_one({"_id": job.id, "rev": job.rev}, {"$unset": {"audit": 1}})
+            await table.update_one({"_id": job.id, "rev": exactly(job.rev)}, {"$unset": {"audit": 1}})
         except PyMongoError as error:
             log.warning("job.untold", extra={"job_id": str(job.id), "error": str(error)[:200]})
             return job
@@ -492,8 +492,10 @@ class JobStore:
             return jobs
         try:
             await self.events.complete([line for job in untold for line in audit_of(job.document)])
-            told = [UpdateOne({"_id": job.id, "rev": job.rev}, {"$unset": {"audit": 1}}) for job in untold]
-            await self.queue.bulk_write(told, ordered=False)
+            told = {"$unset": {"audit": 1}}
+            await self.queue.bulk_write(
+                [UpdateOne({"_id": job.id, "rev": exactly(job.rev)}, told) for job in untold], ordered=False
+            )
         except PyMongoError as error:
             log.warning("job.untold", extra={"jobs": len(untold), "error": str(error)[:200]})
             return jobs
@@ -548,9 +550,9 @@ def _checked(seen: Job, change: Change) -> Change:
 
 def _guarded(seen: Job, change: Change) -> tuple[Document, Document, int]:
     """The filter that says what was seen, the update, and the revision afterwards."""
-    where: Document = {"_id": seen.id, "state": seen.state.value, "rev": seen.rev}
+    where: Document = {"_id": seen.id, "state": exactly(seen.state.value), "rev": exactly(seen.rev)}
     if states.MOVES[change.move].held:
-        where["lease.id"] = transitions.lease_of(seen).id
+        where["lease.id"] = exactly(transitions.lease_of(seen).id)
     rev = change.rev or seen.rev + 1
     update: Document = {"$set": {**change.set, "rev": rev}}
     if change.unset:

@@ -14,6 +14,7 @@ from bson import ObjectId
 
 from core4.attendance import Contact
 from core4.changes import Listener
+from core4.claims import Claimed
 from core4.controls import Controls
 from core4.errors import Core4Error, Unavailable
 from core4.jobs import Job, Owner
@@ -116,8 +117,9 @@ class Backend(Protocol):
         full: Collection[str],
         forced: bool,
         awaited: bool,
+        pinned: bool,
         controls: Controls,
-    ) -> list[Job]:
+    ) -> Claimed:
         """Up to `limit` due jobs, now held by `owner`; see `core4.claims`."""
 
     async def running(self, owner: Owner) -> list[Job]:

@@ -21,6 +21,7 @@ from bson import ObjectId
 from core4 import identifiers, signatures
 from core4.attendance import TROUBLE, Contact
 from core4.changes import Change, Lookout
+from core4.claims import Claimed
 from core4.config import Settings
 from core4.controls import CONTROL, Controls, Stop
 from core4.errors import JobInvalid, LeaseLost
@@ -72,7 +73,9 @@ class Worker:
         self._hostname = socket.gethostname()
         self._work = Lookout(backend.is_live, settings.poll)
         self._look, self._launchable = asyncio.Event(), asyncio.Event()
-        self._slots = Slots(settings.slots or len(os.sched_getaffinity(0)) * 2, self._work.hint)
+        self._more = True  # jobs may have been left in line by the last look
+        self._pinned = True  # there may be some for this worker alone
+        self._slots = Slots(settings.slots or len(os.sched_getaffinity(0)) * 2, self._on_room)
         self._watch = Watch(backend, settings.poll)
         self._loaded = Loaded()
         self._gate = Gate(settings.max_cpu, settings.min_free_ram)
@@ -406,6 +409,7 @@ class Worker:
         )
         if self._chores:
             await self._chores.obey(resumed=bool(set(before.pauses) - set(self._controls.pauses)))
+        self._pinned = True
         self._work.hint()
 
     def _obey_stop(self, told: Stop) -> None:
@@ -422,7 +426,10 @@ class Worker:
             return
         self._watch.hear(change)
         fields = change.fields
-        if change.kind == "resync" or fields.get("due") or fields.get("held") == "worker":
+        # What is for one worker only stands in no line: it is told of by what holds it, or held it until now.
+        pinned = fields.get("held") == "worker" or fields.get("query_at", change) is None
+        self._pinned = self._pinned or pinned or change.kind == "resync"
+        if change.kind == "resync" or pinned or fields.get("due"):
             self._work.hint()
         flagged = fields.get("killed_at") is not None and change.id in self._executions
         if flagged or (change.kind == "resync" and self._executions):
@@ -440,24 +447,35 @@ class Worker:
                     claimed = await self._claim_some()
                 pause = _FIRST_PAUSE
             except TROUBLE as error:
+                self._pinned = True
                 log.warning("worker.claim_failed", extra={"error": str(error)[:200]})
                 await asyncio.sleep(pause)
                 pause = min(pause * 2, _LAST_PAUSE)
                 continue
-            if claimed:
-                self._work.hint()  # there may be more
+            self._more = claimed.more
+            if claimed and claimed.more:
+                self._work.hint()
+            elif not claimed.more:
+                self._work.quiet = True
             await self._work.wait()
 
-    async def _claim_some(self) -> int:
+    def _on_room(self) -> None:
+        """A slot may have become free: that matters to none if nobody waits."""
+        if self._more:
+            self._work.hint()
+
+    async def _claim_some(self) -> Claimed:
+        self._more = True  # room that is made during this look may be for what it leaves
         free = self._slots.free
         free = free if self._left is None else min(free, self._left)
         if free <= 0 or not self._served() or self._closing.is_set():
-            return 0
+            return Claimed()
         if self._paused or self._controls.of_worker(self.owner.worker):
-            return 0
+            return Claimed()
         # All may be of the one name that has the least room: none is claimed to be given back.
         options = {name: entry["options"] for name, entry in self._loaded.entries.items()}
         limit = min([free, *self._slots.rooms({name: one["max_parallel"] for name, one in options.items()})])
+        pinned, self._pinned = self._pinned or self._work.quiet or not self._backend.is_live(), False
         with self._slots.reserved(limit):
             claimed = await self._backend.claim(
                 self.owner,
@@ -466,11 +484,13 @@ class Worker:
                 full=self._slots.full_names() | self._foreign,
                 forced=self._gate.reason is not None,
                 awaited=self._slots.lent >= self._settings.max_waiting,
+                pinned=pinned,
                 controls=self._controls,
             )
             for job in claimed:
                 self._take(job)
-        return len(claimed)
+        self._pinned = self._pinned or claimed.pinned
+        return claimed
 
     async def _watch_machine(self) -> None:
         while True:

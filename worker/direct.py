@@ -15,6 +15,7 @@ from core4.attendance import Contact
 from core4.catalogue import Catalogue
 from core4.changes import ChangeFeed, Listener
 from core4.children import call_child, ended_children, enqueue_child, kill_child
+from core4.claims import Claimed
 from core4.config import Settings
 from core4.controls import CONTROL, Controls, ControlStore
 from core4.database import Database
@@ -132,8 +133,9 @@ class Direct:
         full: Collection[str],
         forced: bool,
         awaited: bool,
+        pinned: bool,
         controls: Controls,
-    ) -> list[Job]:
+    ) -> Claimed:
         return await self._queue.claims.claim(
             owner,
             namespaces=namespaces,
@@ -141,6 +143,7 @@ class Direct:
             full=full,
             forced=forced,
             awaited=awaited,
+            pinned=pinned,
             controls=controls,
         )
 

@@ -25,6 +25,7 @@ from bson.codec_options import CodecOptions
 from core4 import __version__, handshake
 from core4.attendance import Contact
 from core4.changes import Change, Listener
+from core4.claims import Claimed
 from core4.config import Settings
 from core4.controls import CONTROL, Controls, Halt, Pause, Stop
 from core4.errors import ConfigError, Core4Error, LeaseLost, SourceRefused, Unauthenticated, Unavailable
@@ -244,11 +245,12 @@ class Remote:
         full: Collection[str],
         forced: bool,
         awaited: bool,
+        pinned: bool,
         controls: Controls,
-    ) -> list[Job]:
+    ) -> Claimed:
         room = {"limit": limit, "full": sorted(full), "forced": forced, "awaited": awaited}
         rows = await self._ask(owner, "claim", **room)
-        return [Job.from_document(row) for row in rows]
+        return Claimed(map(Job.from_document, rows))
 
     async def running(self, owner: Owner) -> list[Job]:
         if owner.id not in self._admitted:
