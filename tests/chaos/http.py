@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import requests
@@ -16,7 +16,7 @@ from tests.helpers import BASE
 TRIES = 200  # of one request; a run that needs more has another problem
 PAUSE = 0.25  # seconds between two tries
 NAMES = ("tests.chaos.Job", "tests.chaos.InlineJob")  # half each of the jobs that stand alone
-CHAINED = ("DEFAULT:first", "DEFAULT:gather")  # which are followed by two, and wait for three
+CHAINED = {"DEFAULT:first": 2, "DEFAULT:gather": 3}  # jobs that follow, jobs that are waited for
 
 
 class Api:
@@ -34,6 +34,27 @@ class Api:
         return self._session.request(method, url, **{"timeout": (5, 20), **more})
 
 
+class Plan:
+    """So many jobs shall be made, by all clients together."""
+
+    def __init__(self, jobs: int) -> None:
+        self._left, self._key, self._lock = jobs, 0, threading.Lock()
+
+    def key(self) -> int | None:
+        """The key of the next job; None if there are enough."""
+        with self._lock:
+            if self._left <= 0:
+                return None
+            self._left -= 1
+            self._key += 1
+            return self._key - 1
+
+    def spend(self, more: int) -> None:
+        """That one brings so many others with it."""
+        with self._lock:
+            self._left -= more
+
+
 class Client(threading.Thread):
     """Takes keys and makes a job of each; kills, restarts, removes and follows some."""
 
@@ -44,19 +65,20 @@ class Client(threading.Thread):
         history: History,
         ledger: str,
         seed: int,
-        next_key: Callable[[], int | None],
+        plan: Plan,
+        room: threading.Event,
         readers: list[Reader],
     ) -> None:
         super().__init__(daemon=True)
         self._name, self._urls, self._history, self._ledger = f"client{number}", urls, history, ledger
-        self._next_key, self._readers = next_key, readers
+        self._plan, self._room, self._readers = plan, room, readers
         self._api = Api(urls, seed * 1000 + number)
         self._pause = threading.Event()
         self.failure: BaseException | None = None
 
     def run(self) -> None:
         try:
-            while (key := self._next_key()) is not None:
+            while self._room.wait() and (key := self._plan.key()) is not None:
                 self._job(key)
         except BaseException as error:  # shown by the run
             self.failure = error
@@ -87,7 +109,9 @@ class Client(threading.Thread):
         body = {"qual_name": dice.choice(NAMES), "args": args, "follow": False}
         if dice.random() < 0.1:
             few = {"key": args["key"], "ledger": args["ledger"]}
-            body |= {"qual_name": dice.choice(CHAINED), "args": few}
+            name = dice.choice(tuple(CHAINED))
+            self._plan.spend(CHAINED[name])
+            body |= {"qual_name": name, "args": few}
         headers = {"Idempotency-Key": f"k{key}"} if key % 2 else {}
         for _ in range(TRIES):
             kind, job = self._ask("enqueue", f"k{key}", "POST", "/job", json=body, headers=headers)
@@ -191,4 +215,4 @@ class Reader(threading.Thread):
         self._ended = kind == "close"
 
 
-__all__ = ["Api", "Client", "Reader"]
+__all__ = ["Api", "Client", "Plan", "Reader"]

@@ -202,6 +202,27 @@ async def test_each_job_is_claimed_once(queue: JobQueue) -> None:
     assert {*claims, *(job.id for job in left)} == wanted
 
 
+async def test_a_claim_tells_whether_another_may_find_more(queue: JobQueue) -> None:
+    """Not if the line was seen to its end; yes if it took all that it might, or passed some over."""
+    await queue.enqueue(order(0, options={"worker": "me@here"}))
+    for n in range(1, 5):
+        await queue.enqueue(order(n))
+    where: Any = {"owner": owner("me@here"), "namespaces": NAMESPACES}
+
+    async def look(**more: Any) -> tuple[int, bool, bool]:
+        claimed = await queue.claims.claim(**where, **more)
+        return len(claimed), claimed.more, claimed.pinned
+
+    assert await look(limit=2) == (2, True, True)  # one of them was its own: there may be others
+    assert await look(limit=2) == (2, True, False)
+    assert await look(limit=2, full=["tests.Full"]) == (1, True, True)
+    assert await look(limit=2) == (0, False, False)
+    own = await queue.enqueue(order(5, options={"worker": "me@here"}))
+    assert await look(limit=2, pinned=False) == (0, False, False)
+    (job,) = await queue.claims.claim(**where, limit=2)
+    assert job.id == own.id
+
+
 async def test_other_namespaces_and_full_names_stay(queue: JobQueue) -> None:
     """A worker takes only from its namespaces, and no name that is at its limit here."""
     await queue.enqueue(order(namespace="other"))

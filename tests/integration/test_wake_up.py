@@ -9,6 +9,7 @@ from bson import ObjectId
 
 from core4.database import Database
 from core4.states import State
+from tests.helpers import eventually_async
 from tests.integration.test_calls import CALLING, SPACES
 from tests.integration.test_lending import house
 from tests.integration.test_schedules import Wire
@@ -19,6 +20,19 @@ __all__ = ["house"]  # the fixture
 
 CUTS = 100
 POLL = 60.0  # seconds: whoever waits for a look of the worker's own waits for 45 at least
+
+
+async def test_a_job_of_one_worker_that_another_process_makes_due(house: House) -> None:
+    """It stands in no line: its worker hears that it waits no longer."""
+    async with House(
+        house.database, replace(house.settings, poll=POLL), house.queue, house.logs, house.registry
+    ).worker() as running:
+        options = {"worker": running.worker.owner.worker, "attempts": 2, "error_time": 1.0}
+        job_id = await house.enqueue("raises", options=options)
+        await house.reach(job_id, State.FAILED)
+        await eventually_async(house.queue.promote, what="it is due, and this test was the first to see it")
+        job = await house.reach(job_id, timeout=30)
+    assert (job.state, job.trial) == (State.ERROR, 2)
 
 
 async def test_no_job_waits_for_a_look_when_the_stream_breaks_off(
