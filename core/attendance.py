@@ -70,45 +70,54 @@ class Attendance:
         self._controls = ControlStore(database)
         self._registry = WorkerRegistry(database)
         self._events = EventStore(database)
-        self._lookout = Lookout(live, settings.poll)
+        self._due, self._rated = Lookout(live, settings.poll), Lookout(live, settings.poll)
 
     def parts(self) -> list[Coroutine[Any, Any, None]]:
         """All of it, each to be run until cancelled; they survive outages of the database."""
-        return [self._wake(), self._look_after(), self._count()]
+        queue, ahead = self._queue, self._settings.poll * QUIET * 2
+        return [
+            self._wake(self._due, lambda: queue.due_in(ahead), queue.promote),
+            self._wake(self._rated, queue.claims.rated_in, queue.claims.wake_rated),
+            self._look_after(),
+            self._count(),
+        ]
 
     def hear(self, change: Change) -> None:
         """A change that may say that something will be due, and when."""
-        if change.kind == "resync" or "wake_at" in change.fields:
-            self._lookout.hint()
-        elif (due := change.fields.get("query_at")) is not None:
-            self._expect((due - utcnow()).total_seconds())
+        if change.kind == "resync":
+            self._due.hint()
+            self._rated.hint()
+        if "wake_at" in change.fields:
+            self._rated.hint()
+        if (due := change.fields.get("query_at")) is not None:
+            self._expect(self._due, (due - utcnow()).total_seconds())
 
-    def _expect(self, seconds: float) -> None:
+    def _expect(self, lookout: Lookout, seconds: float) -> None:
         # All of them expect the same: apart enough that the first does it, and the others find nothing left.
-        self._lookout.expect(seconds + random.uniform(0, self._settings.poll / 2))
+        lookout.expect(seconds + random.uniform(0, self._settings.poll / 2))
 
-    async def _wake(self) -> None:
-        """Make due what has waited long enough."""
+    async def _wake(
+        self,
+        lookout: Lookout,
+        due_in: Callable[[], Awaitable[float | None]],
+        wake: Callable[[], Awaitable[int]],
+    ) -> None:
+        """Wake what has waited long enough, of one kind."""
         while True:
-            self._lookout.looking()
+            lookout.looking()
             try:
-                await self._wake_due()
+                await self._wake_due(lookout, due_in, wake)
             except TROUBLE as error:
                 self._trouble(error)
-                self._lookout.expect(jittered(1.0))
-            await self._lookout.wait()
+                lookout.expect(jittered(1.0))
+            await lookout.wait()
 
-    async def _wake_due(self) -> None:
-        """Promote and wake what is due."""
-        queue, ahead = self._queue, self._settings.poll * QUIET * 2
-        woken = await self._wake_one_kind(lambda: queue.due_in(ahead), queue.promote)
-        woken += await self._wake_one_kind(queue.claims.rated_in, queue.claims.wake_rated)
-        if woken:
-            self._woken()
-
-    async def _wake_one_kind(
-        self, due_in: Callable[[], Awaitable[float | None]], wake: Callable[[], Awaitable[int]]
-    ) -> int:
+    async def _wake_due(
+        self,
+        lookout: Lookout,
+        due_in: Callable[[], Awaitable[float | None]],
+        wake: Callable[[], Awaitable[int]],
+    ) -> None:
         """Wake what is due; what will be before the next look is expected."""
         woken, seconds = 0, await due_in()
         if seconds is not None and seconds <= 0:
@@ -117,8 +126,9 @@ class Attendance:
                 # Somebody else does it; or it is there by hand, and cannot be woken.
                 seconds = max(seconds, self._settings.poll)
         if seconds is not None:
-            self._expect(seconds)
-        return woken
+            self._expect(lookout, seconds)
+        if woken:
+            self._woken()
 
     async def _look_after(self) -> None:
         """Rescue what the dead held, finish what they left half done."""

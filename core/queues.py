@@ -32,6 +32,7 @@ from core4.store import RETRIES, JobStore, readable
 from core4.transitions import Change
 
 Action = Literal["kill", "restart", "remove"]
+LATE = 100  # jobs at most that are looked at before those that are due are made so
 
 
 class JobQueue:
@@ -338,15 +339,18 @@ class JobQueue:
         """Make due what has waited long enough; how many."""
         late = {"query_at": {"$lte": utcnow()}}
         # Somebody else may have done it just now: a look costs a server less than two updates of nothing.
-        if await self.store.queue.find_one(late, {"_id": 1}) is None:
-            return 0
-        free = await self.store.queue.update_many(
-            {**late, "worker": None}, {"$set": {"due": True}, "$unset": {"query_at": 1}, "$inc": {"rev": 1}}
-        )
-        pinned = await self.store.queue.update_many(
-            {**late, "held": "worker"}, {"$unset": {"query_at": 1}, "$inc": {"rev": 1}}
-        )
-        return free.modified_count + pinned.modified_count
+        seen = await self.store.queue.find(late, {"worker": 1}).limit(LATE).to_list(None)
+        kinds = {row.get("worker") is not None for row in seen} if len(seen) < LATE else {True, False}
+        gone, done = {"$unset": {"query_at": 1}, "$inc": {"rev": 1}}, 0
+        if False in kinds:
+            free = await self.store.queue.update_many(
+                {**late, "worker": None}, {"$set": {"due": True}, **gone}
+            )
+            done += free.modified_count
+        if True in kinds:
+            pinned = await self.store.queue.update_many({**late, "held": "worker"}, gone)
+            done += pinned.modified_count
+        return done
 
     async def due_in(self, ahead: float) -> float | None:
         """Seconds until the first of those that wait for their time is due; None if none will be `ahead`."""

@@ -26,10 +26,9 @@ from core4.config import Settings
 from core4.controls import CONTROL, Controls, Stop
 from core4.errors import JobInvalid, LeaseLost
 from core4.functions import SERVES
-from core4.inbox import INBOX
 from core4.jobs import Job, Kind, Owner
-from core4.schedules import SCHEDULE
 from core4.service import ready
+from core4.store import QUEUE
 from core4.worker import functions, linux
 from core4.worker.backend import Backend, OwnerLost
 from core4.worker.executor import Execution
@@ -422,7 +421,7 @@ class Worker:
     def _on_change(self, change: Change) -> None:
         if change.collection == CONTROL or change.kind == "resync":
             self._control.hint()
-        if change.collection in (CONTROL, SCHEDULE, INBOX):
+        if change.collection not in (QUEUE, ""):
             return
         self._watch.hear(change)
         fields = change.fields

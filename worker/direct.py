@@ -27,6 +27,7 @@ from core4.logs import Line, LogStore
 from core4.queues import JobQueue
 from core4.registry import WorkerRegistry
 from core4.retries import Outcome
+from core4.returns import RETURN
 from core4.schedules import SCHEDULE, ScheduleStore, publish_declared
 from core4.states import Flag
 from core4.store import QUEUE
@@ -52,7 +53,7 @@ class Direct:
         self._events = EventStore(database)
         self._inbox = Inbox(database)
         self._actions = ActionStore(database)
-        self._feed = ChangeFeed(database, [QUEUE, SCHEDULE, CONTROL, INBOX])
+        self._feed = ChangeFeed(database, [QUEUE, SCHEDULE, CONTROL, INBOX, RETURN])
         self._start = Together(self._queue.start_many, TOGETHER)
         self._finish = Together(self._queue.finish_many, TOGETHER)
         self._append = Together(self._append_many, TOGETHER)

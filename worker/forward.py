@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 from functools import partial
 
 from pymongo.errors import PyMongoError
 
 from core4 import returns
 from core4.brokers import Broker, connector
+from core4.changes import Change, Lookout, never
 from core4.config import Settings
 from core4.database import Database
 from core4.errors import BrokerLost, Unavailable
@@ -31,10 +33,17 @@ _TROUBLE = (PyMongoError, Unavailable, BrokerLost, TimeoutError, OSError)
 class Forward:
     """Sends what is to be sent until it is cancelled."""
 
-    def __init__(self, database: Database, settings: Settings, url: str) -> None:
-        self._returns, self._poll = Returns(database), settings.poll
+    def __init__(
+        self, database: Database, settings: Settings, url: str, live: Callable[[], bool] = never
+    ) -> None:
+        self._returns, self._lookout = Returns(database), Lookout(live, settings.poll)
         self._connect = partial(connector(url), url, settings.broker_prefetch)
         self._sent = 0  # records, so far
+
+    def hear(self, change: Change) -> None:
+        """A change that may say that there is something to send."""
+        if change.kind in ("insert", "resync"):
+            self._lookout.hint()
 
     async def run(self) -> None:
         """Work on, through outages of the database and of the broker."""
@@ -53,15 +62,20 @@ class Forward:
     async def _serve(self) -> None:
         """Until something fails."""
         # Nobody is connected to for nothing: most workers never have anything to send.
-        while not await self._returns.unsent(1):
-            await asyncio.sleep(self._poll)
+        while not await self._are_some():
+            await self._lookout.wait()
         broker = await self._connect()
         try:
             while True:
+                self._lookout.looking()
                 if not await self.step(broker):
-                    await asyncio.sleep(self._poll)
+                    await self._lookout.wait()
         finally:
             await broker.close()
+
+    async def _are_some(self) -> bool:
+        self._lookout.looking()
+        return bool(await self._returns.unsent(1))
 
     async def step(self, broker: Broker) -> int:
         """Send what is there now; how many records that was."""

@@ -17,6 +17,7 @@ from core4.controls import Controls
 from core4.database import Database
 from core4.inbox import INBOX
 from core4.queues import JobQueue
+from core4.returns import RETURN
 from core4.schedules import SCHEDULE
 from core4.worker.cleaner import Cleaner
 from core4.worker.forward import Forward
@@ -48,6 +49,8 @@ class Upkeep:
         self._scheduler = Scheduler.of_worker(database, settings, queue, controls, self._is_live)
         self._ingest = Ingest(database, settings, queue, self._is_live)
         self._cleaner = Cleaner(database, settings, queue)
+        url = settings.broker_url if settings.ingest else None
+        self._forward = Forward(database, settings, url, self._is_live) if url else None
 
     def parts(self) -> list[Coroutine[Any, Any, None]]:
         self._feed.listen(self._hear)
@@ -56,8 +59,8 @@ class Upkeep:
             parts.append(self._scheduler.run(self._closing))
         if self._settings.ingest:
             parts.append(self._ingest.run(self._closing))
-            if self._settings.broker_url:
-                parts.append(Forward(self._database, self._settings, self._settings.broker_url).run())
+        if self._forward is not None:
+            parts.append(self._forward.run())
         return parts
 
     async def obey(self, *, resumed: bool) -> None:
@@ -75,3 +78,5 @@ class Upkeep:
             self._scheduler.hear(change)
         if change.collection in (INBOX, ""):
             self._ingest.hear(change)
+        if self._forward is not None and change.collection in (RETURN, ""):
+            self._forward.hear(change)
