@@ -10,7 +10,7 @@ import asyncio
 import itertools
 import uuid
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -270,14 +270,28 @@ class Track:
         self._database, self._settings, self._state = database, settings, state
         self._queue = JobQueue(database, settings)
         self._orders: dict[tuple[str, str], Answers] = {}
+        self._begun: Subject | None = None
+        self._stored: dict[str, list[dict[str, Any]]] = {}  # where the race begins, by collection
 
     async def subject(self) -> Subject:
+        """One job in the state of this track; brought there once, and put back there for each race."""
         for name in (QUEUE, JOURNAL):
             await self._database.collection(name).delete_many({})
+        if self._begun is None:
+            return await self._begin()
+        for name, documents in self._stored.items():
+            await self._database.collection(name).insert_many(documents)
+        return replace(self._begun)
+
+    async def _begin(self) -> Subject:
         namespace = f"n{next(numbers)}"
         job = await self._queue.enqueue(order(namespace))
         subject = Subject(self._database, self._settings, self._queue, namespace, owner(), job)
         await {**STATES, "moving": moving}[self._state](subject)
+        self._begun = replace(subject)
+        for name in (QUEUE, JOURNAL):
+            if documents := await self._database.collection(name).find({}).to_list(None):
+                self._stored[name] = documents
         return subject
 
     async def alone(self, op: str) -> int:
