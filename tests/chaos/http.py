@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import threading
@@ -16,7 +17,7 @@ from tests.helpers import BASE
 TRIES = 200  # of one request; a run that needs more has another problem
 PAUSE = 0.25  # seconds between two tries
 NAMES = ("tests.chaos.Job", "tests.chaos.InlineJob")  # half each of the jobs that stand alone
-CHAINED = {"DEFAULT:first": 2, "DEFAULT:gather": 3}  # jobs that follow, jobs that are waited for
+CHAINED = ("DEFAULT:first", "DEFAULT:gather")  # which are followed by two, and wait for three
 
 
 class Api:
@@ -35,24 +36,17 @@ class Api:
 
 
 class Plan:
-    """So many jobs shall be made, by all clients together."""
+    """When the clients go on: not while `room` is cleared, nor any more once there are `enough` jobs."""
 
-    def __init__(self, jobs: int) -> None:
-        self._left, self._key, self._lock = jobs, 0, threading.Lock()
+    def __init__(self) -> None:
+        self.room, self.enough = threading.Event(), threading.Event()
+        self.room.set()
+        self._keys = itertools.count()
 
     def key(self) -> int | None:
         """The key of the next job; None if there are enough."""
-        with self._lock:
-            if self._left <= 0:
-                return None
-            self._left -= 1
-            self._key += 1
-            return self._key - 1
-
-    def spend(self, more: int) -> None:
-        """That one brings so many others with it."""
-        with self._lock:
-            self._left -= more
+        self.room.wait()
+        return None if self.enough.is_set() else next(self._keys)
 
 
 class Client(threading.Thread):
@@ -66,19 +60,18 @@ class Client(threading.Thread):
         ledger: str,
         seed: int,
         plan: Plan,
-        room: threading.Event,
         readers: list[Reader],
     ) -> None:
         super().__init__(daemon=True)
         self._name, self._urls, self._history, self._ledger = f"client{number}", urls, history, ledger
-        self._plan, self._room, self._readers = plan, room, readers
+        self._plan, self._readers = plan, readers
         self._api = Api(urls, seed * 1000 + number)
         self._pause = threading.Event()
         self.failure: BaseException | None = None
 
     def run(self) -> None:
         try:
-            while self._room.wait() and (key := self._plan.key()) is not None:
+            while (key := self._plan.key()) is not None:
                 self._job(key)
         except BaseException as error:  # shown by the run
             self.failure = error
@@ -109,9 +102,7 @@ class Client(threading.Thread):
         body = {"qual_name": dice.choice(NAMES), "args": args, "follow": False}
         if dice.random() < 0.1:
             few = {"key": args["key"], "ledger": args["ledger"]}
-            name = dice.choice(tuple(CHAINED))
-            self._plan.spend(CHAINED[name])
-            body |= {"qual_name": name, "args": few}
+            body |= {"qual_name": dice.choice(CHAINED), "args": few}
         headers = {"Idempotency-Key": f"k{key}"} if key % 2 else {}
         for _ in range(TRIES):
             kind, job = self._ask("enqueue", f"k{key}", "POST", "/job", json=body, headers=headers)

@@ -66,7 +66,7 @@ class Chaos:
         self.parts = self._parts(plant)
         self.fires = Fires(self.apis, str(self.ledger))
         self.open = 0
-        self.room = threading.Event()
+        self.plan = Plan()
 
     def _parts(self, plant: str) -> list[Part]:
         spec = f"count {self.refusals}" + (f"; plant {plant}" if plant else "")
@@ -124,10 +124,9 @@ class Chaos:
             part.wait()
 
     def _clients(self) -> tuple[list[Client], list[Reader]]:
-        plan, readers = Plan(self.jobs - (len(self.post.ids) if self.post else 0)), list[Reader]()
-        self.room.set()
+        readers = list[Reader]()
         clients = [
-            Client(number, self.apis, self.history, str(self.ledger), self.seed, plan, self.room, readers)
+            Client(number, self.apis, self.history, str(self.ledger), self.seed, self.plan, readers)
             for number in range(CLIENTS)
         ]
         for client in clients:
@@ -178,7 +177,10 @@ class Chaos:
         held = await database.collection("sys.queue").find({"lease.owner": {"$in": ids}}).to_list(None)
         open_jobs = {"state": {"$in": ["pending", "running", "failed", "deferred", "blocked"]}}
         self.open = await database.collection("sys.queue").count_documents(open_jobs)
-        (self.room.set if self.open < MOST_OPEN else self.room.clear)()
+        tables = (database.collection("sys.queue"), database.collection("sys.journal"))
+        if sum([await table.estimated_document_count() for table in tables]) >= self.jobs:
+            self.plan.enough.set()
+        (self.plan.room.set if self.open < MOST_OPEN or self.plan.enough.is_set() else self.plan.room.clear)()
         await database.close()
         return bool(held)
 
@@ -292,7 +294,7 @@ def _cpu_seconds() -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--jobs", type=int, default=2000, help="with their chains and the messages")
+    parser.add_argument("--jobs", type=int, default=2000, help="all that there are in the end, at least")
     parser.add_argument("--messages", type=int, default=None, help="through RabbitMQ; a tenth of the jobs")
     parser.add_argument("--seed", type=int, default=None)
     parser.add_argument("--keep", type=Path, help="folder for what the run leaves behind")
