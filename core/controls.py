@@ -262,13 +262,13 @@ class RateStore:
     async def expect(self, name: str, at: datetime | None = None) -> None:
         """Held jobs of this name have to be looked after at this time (now), or before."""
         at = at or await self._database.server_time()
-        where = {"_id": _rate_key(name), "wake_at": None}
-        with suppress(DuplicateKeyError):  # somebody will look after them already
-            await self._controls.update_one(
-                where,
-                {"$set": {"kind": "rate", "name": name, "wake_at": at}, "$inc": {"rev": 1}},
-                upsert=True,
-            )
+        # A new revision also if somebody will look after them already: who has just seen none, and is about
+        # to say that none has to be looked after, is to find out.
+        change = {"$set": {"kind": "rate", "name": name}, "$min": {"wake_at": at}, "$inc": {"rev": 1}}
+        for _ in range(RETRIES):
+            with suppress(DuplicateKeyError):  # somebody else made it in this moment
+                await self._controls.update_one({"_id": _rate_key(name)}, change, upsert=True)
+                return
 
     async def expected(self) -> tuple[list[Starts], datetime]:
         """The names whose held jobs have to be looked after, and the database's time."""
@@ -292,7 +292,10 @@ class RateStore:
 
     async def look_again(self, seen: Starts, at: datetime | None) -> bool:
         """Say when held jobs are to be looked after next (None: there are none); False if another did."""
-        return await self._cas(seen, {"$set": {"wake_at": at}})
+        # Without it rather than None: that would be less than any time, and stay.
+        return await self._cas(
+            seen, {"$set": {"wake_at": at}} if at else {"$set": {}, "$unset": {"wake_at": 1}}
+        )
 
     async def _read(self, name: str) -> Starts:
         found = await self._controls.find_one({"_id": _rate_key(name)})

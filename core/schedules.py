@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 SCHEDULE = "sys.schedule"
 GRACE = timedelta(seconds=60)  # an instant that is later than this has been missed
 WINDOW = 2 * LIMIT  # instants looked at for one decision
+PORTION = 20  # jobs at most that are made on one decision
 RETRIES = 100  # of one change, if others keep writing the same schedule
 USERNAME = "scheduler"  # who enqueues what is due
 
@@ -141,6 +142,10 @@ def decide(schedule: Schedule, now: datetime) -> Decision | None:
         surplus = due[:-LIMIT]
         return Decision((), tuple(surplus), surplus[-1])
     fire = _kept(schedule, due, now)
+    if len(fire) > PORTION:
+        # What is left is decided anew: by then an operator may have changed, paused or deleted the schedule.
+        fire = fire[:PORTION]
+        due = [instant for instant in due if instant <= fire[-1]]
     return Decision(tuple(fire), tuple(sorted(set(due) - set(fire))), due[-1])
 
 

@@ -80,6 +80,9 @@ class Calls:
             found = await self._outcome(number, name, args, persist)
         except LeaseLost:
             return  # the execution knows
+        except Exception as error:  # else the body would wait for an answer that nobody gives
+            log.exception("call.failed", extra={"job_id": str(self._job.id)})
+            found = {"refused": {"reason": "broken", "detail": repr(error)[:200]}}
         finally:
             del self._open[number]
             if not self._open and not self._closed:

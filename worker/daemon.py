@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import signal
 import socket
 import time
 import uuid
@@ -475,6 +476,7 @@ class Worker:
         options = {name: entry["options"] for name, entry in self._loaded.entries.items()}
         limit = min([free, *self._slots.rooms({name: one["max_parallel"] for name, one in options.items()})])
         pinned, self._pinned = self._pinned or self._work.quiet or not self._backend.is_live(), False
+        controls = self._controls
         with self._slots.reserved(limit):
             claimed = await self._backend.claim(
                 self.owner,
@@ -484,11 +486,14 @@ class Worker:
                 forced=self._gate.reason is not None,
                 awaited=self._slots.lent >= self._settings.max_waiting,
                 pinned=pinned,
-                controls=self._controls,
+                controls=controls,
             )
             for job in claimed:
                 self._take(job)
         self._pinned = self._pinned or claimed.pinned
+        if self._chores and set(controls.pauses) - set(self._controls.pauses):
+            # What was resumed during this claim may have been parked by it after all were put back in line.
+            await self._chores.obey(resumed=True)
         return claimed
 
     async def _watch_machine(self) -> None:
@@ -503,6 +508,10 @@ class Worker:
         keepers = {each.keeper: each for each in parts if each.keeper is not None}
         if not keepers:
             return
+        for pid in keepers:
+            # A job may have stopped its own: nobody would hear of its end.
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
         for keeper, count in (await asyncio.to_thread(linux.crowds, list(keepers))).items():
             keepers[keeper].count(count)
 

@@ -191,7 +191,7 @@ class Scheduler:
         while True:
             # Read again: another scheduler may have been here, or an operator.
             schedule = await self._schedules.get(name)
-            if not schedule.active:
+            if not schedule.active or self._held(schedule.qual_name) or await self._paused():
                 return None
             decision = schedules.decide(schedule, now)
             if decision is None:

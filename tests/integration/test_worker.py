@@ -872,8 +872,26 @@ async def test_a_launcher_that_was_stopped_is_replaced(house: House, monkeypatch
     assert job.state is State.COMPLETE
 
 
+async def test_who_calls_nonsense_gets_an_answer(house: House) -> None:
+    """Also if nobody foresaw what goes wrong: else it would wait for ever."""
+    async with house.worker():
+        job = await house.reach(await house.enqueue("calls_nonsense"))
+
+    assert (job.state, job.document["result"]) == (State.COMPLETE, "broken")
+
+
+async def test_a_job_that_stops_its_keeper_and_dies_has_crashed(house: House) -> None:
+    """The keeper is woken again and again: its slot is not lost, and nobody has to kill it."""
+    async with house.worker(slots=1):
+        job = await house.reach(await house.enqueue("stop_its_keeper_and_die"))
+        after = await house.reach(await house.enqueue("answer", value=1))
+
+    assert (job.state, job.document["error_cat"]) == (State.ERROR, "CRASH")
+    assert after.state is State.COMPLETE
+
+
 async def test_a_job_that_stops_its_keeper_can_be_killed(house: House, tmp_path: Path) -> None:
-    """Nobody hears of its end until then, but its slot is not lost for good."""
+    """Whoever hears first of what: it ends."""
     async with house.worker():
         job_id = await house.enqueue("stop_its_keeper", pidfile=str(tmp_path / "pid"))
         await written(tmp_path / "pid")

@@ -173,6 +173,10 @@ class Unruly(CoreJob):
         os.kill(os.getppid(), signal.SIGSTOP)
         write_pid(pidfile)
 
+    def stop_its_keeper_and_die(self, pidfile: str, value: Any) -> None:
+        os.kill(os.getppid(), signal.SIGSTOP)
+        os.kill(os.getpid(), signal.SIGKILL)
+
     def close_streams(self, pidfile: str, value: Any) -> str:
         print("before")
         sys.stdout.close()
@@ -197,6 +201,13 @@ class Unruly(CoreJob):
             body = json.dumps(message, separators=(",", ":")).encode()
             with open(3, "wb", closefd=False) as pipe:  # of a long one os.write sends a part
                 pipe.write(len(body).to_bytes(4, "big") + body)
+
+    def calls_nonsense(self, pidfile: str, value: Any) -> str:
+        """Call what no name can be, and wait for the answer."""
+        self.frames(pidfile, [{"number": 1, "call": {"name": "\ud800", "args": {}}}])
+        size = int.from_bytes(os.read(3, 4), "big")
+        answer: str = json.loads(os.read(3, size))["refused"]["reason"]
+        return answer
 
     def traceback(self, pidfile: str, value: Any) -> None:
         failed = {"message": "m" * 200_000, "traceback": ["a"] * value}
