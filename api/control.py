@@ -8,7 +8,7 @@ from aiohttp import web
 
 from core4.api.envelope import reply
 from core4.api.events import audited
-from core4.api.keys import CONTROLS, QUEUE, USER, WORKERS
+from core4.api.keys import CATALOGUE, CONTROLS, QUEUE, USER, WORKERS
 from core4.controls import view
 from core4.errors import Conflict, Forbidden, WorkerNotFound
 from core4.registry import LIVING
@@ -36,7 +36,22 @@ async def pause(request: web.Request, args: Args) -> web.Response:
         target=target,
         reason=reason,
     )
-    return reply(request, vars(made))
+    return reply(request, vars(made), flash=await _nobody(request, scope, target))
+
+
+async def _nobody(request: web.Request, scope: str, target: str) -> list[str]:
+    """A warning if there is nothing, just now, that the pause is for: it may be a slip of the pen."""
+    if scope == "job":
+        known = await request.app[CATALOGUE].get(target) is not None
+        return [] if known else [f"no worker has published [{target:.200}]; the pause is kept all the same"]
+    workers = await request.app[WORKERS].up()
+    if scope == "worker":
+        known = any(worker["name"] == target for worker in workers)
+        return [] if known else [f"no worker [{target:.200}] is up; the pause is kept all the same"]
+    if scope == "namespace":
+        known = any(target in worker["namespaces"] for worker in workers)
+        return [] if known else [f"no worker serves [{target:.200}]; the pause is kept all the same"]
+    return []
 
 
 async def resume(request: web.Request, args: Args) -> web.Response:

@@ -17,9 +17,10 @@ from core4 import cron, schedules
 from core4.api.envelope import page_reply, reply
 from core4.api.events import audited
 from core4.api.jobs import idempotency_key, unknown, unserved, whole
-from core4.api.keys import CATALOGUE, QUEUE, REQUEST_ID, SCHEDULES, SETTINGS, USER
+from core4.api.keys import CATALOGUE, CONTROLS, QUEUE, REQUEST_ID, SCHEDULES, SETTINGS, USER
 from core4.api.streams import job_headers
 from core4.catalogue import cut, matches
+from core4.controls import Controls, Pause
 from core4.errors import BadRequest, Conflict, Forbidden, NotFound
 from core4.filters import SCHEDULE_FIELDS, compile_filter, compile_search, compile_sort
 from core4.filters import matches as passes
@@ -39,10 +40,13 @@ async def list_schedules(request: web.Request, args: Args) -> web.Response:
     now = await request.app[SCHEDULES].clock()
     readable = {one.name: one for one in await request.app[SCHEDULES].all() if _may_read(request, one)}
     # What is next is worked out for the rows that are shown only.
-    rows = [schedules.view(one, now, count=0) for one in readable.values()]
+    controls = await request.app[CONTROLS].read()
+    rows = [schedules.view(one, now, count=0, held=_held(controls, one)) for one in readable.values()]
     found = [row for row in rows if passes(query.where, row) and _is_searched(search, row)]
     page = cut(found, order or [("_id", 1)], args["page"], args["per_page"])
-    shown = [schedules.view(readable[row["_id"]], now, count=args["count"]) for row in page.rows]
+    count = args["count"]
+    asked = [readable[row["_id"]] for row in page.rows]
+    shown = [schedules.view(one, now, count=count, held=_held(controls, one)) for one in asked]
     return page_reply(request, page, shown)
 
 
@@ -179,4 +183,10 @@ async def _shown(
     request: web.Request, schedule: Schedule, *, count: int = 5, flash: list[str] | None = None
 ) -> web.Response:
     now: datetime = await request.app[SCHEDULES].clock()
-    return reply(request, schedules.view(schedule, now, count=count), flash=flash or ())
+    held = _held(await request.app[CONTROLS].read(), schedule)
+    return reply(request, schedules.view(schedule, now, count=count, held=held), flash=flash or ())
+
+
+def _held(controls: Controls, schedule: Schedule) -> Pause | None:
+    """What keeps the schedule from firing, other than its own pause; see `core4.worker.scheduler`."""
+    return controls.everything or controls.of_name(schedule.qual_name)

@@ -307,17 +307,20 @@ class Client:
         """Give the connections back."""
         self._session.close()
 
-    def enqueue(self, name: str, args: Mapping[str, Any] | None = None, **options: Any) -> str:
+    def enqueue(
+        self, name: str, args: Mapping[str, Any] | None = None, *, key: str | None = None, **options: Any
+    ) -> str:
         """Put a job into the queue; returns its id.
 
         Args:
             name: the job's qual_name.
             args: arguments for its `execute`.
+            key: the same key again, within a day, gives the same job instead of another one.
             options: namespace, priority, attempts and the like; `dependencies`, the ids of jobs that have to
                 complete first; `return_queues`.
         """
         body = {**options, "qual_name": name, "args": dict(args or {}), "follow": False}
-        return str(self._call("POST", "job", body)["data"])
+        return str(self._call("POST", "job", body, headers=_keyed(key))["data"])
 
     def enqueue_many(self, jobs: Sequence[Mapping[str, Any]]) -> Documents:
         """Put up to 1,000 jobs into the queue; what has become of each, in their order.
@@ -626,7 +629,7 @@ class Client:
 
     def trigger_schedule(self, name: str, key: str | None = None) -> str:
         """One job now; returns its id. The same `key` again gives the same job."""
-        headers = {"Idempotency-Key": key} if key else None
+        headers = _keyed(key)
         return str(self._call("PUT", f"schedule/trigger/{quote(name)}", headers=headers)["data"])
 
     def delete_schedule(self, name: str) -> None:
@@ -896,3 +899,8 @@ def _cause(error: requests.RequestException) -> str:
         reason = getattr(cause, "reason", None) or (cause.args[0] if cause.args else None)
         cause = reason if isinstance(reason, BaseException) else cause.__cause__ or cause.__context__
     return "connection failed"
+
+
+def _keyed(key: str | None) -> dict[str, str] | None:
+    """The headers of a request that may be sent again under the same key."""
+    return {"Idempotency-Key": key} if key else None

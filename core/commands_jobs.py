@@ -91,6 +91,7 @@ def list_(search: str | None, output: str) -> None:
 @click.option("--attempts", type=int, help="Executions before it ends as error.")
 @click.option("--worker", help="Only on this worker, as worker@host.")
 @click.option("--force", is_flag=True, default=None, help="Ahead of everything else.")
+@click.option("--key", help="The same key again, within a day, makes no second job.")
 @click.option(
     "--dependency", "dependencies", multiple=True, help="Id of a job that has to complete first; repeatable."
 )
@@ -101,7 +102,8 @@ def list_(search: str | None, output: str) -> None:
 def enqueue(name: str, args: tuple[str, ...], attach: bool, output: str, **options: Any) -> int:
     """Put the job NAME into the queue and print its id.
 
-    A value is read as JSON, else as text; instead of KEY=VALUE one JSON object may be given.
+    A value is read as JSON, else as text; instead of KEY=VALUE one JSON object may be given. More options
+    of a job, like timeout, are set by their names among the arguments, if the job has no such argument.
 
     \b
     Examples:

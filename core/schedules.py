@@ -27,6 +27,7 @@ from pymongo.errors import DuplicateKeyError
 
 from core4 import cron, jobs, signatures
 from core4.catalogue import Catalogue
+from core4.controls import Pause
 from core4.database import Database, Document
 from core4.errors import BadArguments, BadOption, Conflict, JobInvalid, NotFound, Unavailable, UnknownJob
 from core4.jobs import Job, JobOrder
@@ -256,14 +257,20 @@ def declared(entry: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [{"name": entry["_id"], **fields, "qual_name": entry["_id"]}]
 
 
-def view(schedule: Schedule, now: datetime, *, count: int = 5) -> dict[str, Any]:
-    """A schedule as readers get it: in force, as the code and the operator have it, and what is next."""
+def view(schedule: Schedule, now: datetime, *, count: int = 5, held: Pause | None = None) -> dict[str, Any]:
+    """A schedule as readers get it: in force, as the code and the operator have it, and what is next.
+
+    `held` is what keeps its job's name, or everything, from being started: it fires nothing meanwhile.
+    """
     document = schedule.document
     state = _state(schedule)
     try:
         following, reason = schedule.next_fires(count, now), None
     except BadOption as error:
         following, state, reason = [], "broken", error.detail
+    if state == "active" and held is not None:
+        what = f"{held.scope} {held.target}".strip()
+        following, state, reason = [], "held", f"{what} is paused by {held.by}"
     return {
         "_id": schedule.name,
         **effective(document),

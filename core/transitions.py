@@ -411,7 +411,7 @@ def _rescued(seen: Job, max_crashes: int, max_claims: int) -> Change:
         change = back_in_line(seen, "rescue", "worker lost", query_at=query_at)
         return replace(change, set={**change.set, "crashes": crashes})
     reason = (
-        f"poison: {crashes} workers were lost while they ran it"
+        f"poison: {crashes} of {max_crashes} times its worker was lost while it ran it"
         if started
         else f"claimed {seen.claims} times and never started"
     )

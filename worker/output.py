@@ -139,7 +139,10 @@ class JobLog:
         self._left -= _size(message, more.get("exception"))
         self.write(level, message, **more)
         if self._left <= 0:
-            self.write("WARNING", f"output cut: more than {self._cap} bytes; the rest is not kept")
+            self.write(
+                "WARNING",
+                f"output cut: more than {self._cap} bytes, with what each line takes; the rest is not kept",
+            )
 
     async def room(self) -> None:
         """Wait until the store keeps up: whoever reads a job's output stops reading meanwhile."""

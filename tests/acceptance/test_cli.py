@@ -152,7 +152,8 @@ def test_outcome_is_the_exit_code(cli: Cli, stack: Stack) -> None:
     cli("job", "enqueue", DUMMY, "sleep=0.1", "--follow", code=0)
     assert "not today" in cli("job", "enqueue", "cli_jobs.Fails", "n=1", "--follow", code=1)
     cli("job", "enqueue", "cli_jobs.Defers", "--follow", code=4)
-    job_id = cli("job", "enqueue", DUMMY, "sleep=600", "loop_time=0.1").strip()
+    job_id = cli("job", "enqueue", DUMMY, "sleep=600", "loop_time=0.1", "--key", "once").strip()
+    assert cli("job", "enqueue", DUMMY, "sleep=600", "loop_time=0.1", "--key", "once").strip() == job_id
     stack.wait_for_state(job_id, "running")
     assert "killed" in cli("job", "kill", job_id)
     cli("job", "follow", job_id, code=3)

@@ -72,6 +72,22 @@ async def test_an_unserved_job_is_warned_of(api: Api) -> None:
     assert "no worker is up that runs [tests.Report]" in answer.body["flash"][0]["message"]
 
 
+@pytest.mark.parametrize(("scope", "target"), [("everything", ""), ("job", "tests.Report")])
+async def test_one_that_a_pause_keeps_from_firing_says_so(api: Api, scope: str, target: str) -> None:
+    """It has no next time then, alone and in the list."""
+    await make(api)
+    await api.call("PUT", "/control/pause", json={"scope": scope, "target": target})
+    shown = (await api.call("GET", "/schedule/daily")).data
+    (listed,) = (await api.call("GET", "/schedule")).data
+    await api.call("PUT", "/control/resume", json={"scope": scope, "target": target})
+    after = (await api.call("GET", "/schedule/daily")).data
+
+    assert shown == listed
+    assert (shown["state"], shown["next"]) == ("held", [])
+    assert "is paused by" in shown["reason"]
+    assert (after["state"], len(after["next"])) == ("active", 5)
+
+
 async def test_the_operator_wins_over_the_code_until_reset(api: Api, schedules: ScheduleStore) -> None:
     """Field by field; both are shown, and a new publication changes nothing about it."""
     code = {**SPEC, "name": "tests.Report", "options": {"priority": 3}}

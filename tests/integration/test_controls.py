@@ -182,6 +182,25 @@ async def test_a_paused_worker_says_so(api: Api, runner: Runner) -> None:
 
 
 @pytest.mark.parametrize(
+    ("scope", "there"), [("job", "tests.Job"), ("namespace", "DEFAULT"), ("worker", ""), ("everything", "")]
+)
+async def test_who_pauses_what_nobody_knows_is_warned(
+    api: Api, runner: Runner, scope: str, there: str
+) -> None:
+    """It may be a slip of the pen, or for a worker that comes later: the pause is kept."""
+    there = runner.owner.worker if scope == "worker" else there
+    known = await api.call("PUT", "/control/pause", json={"scope": scope, "target": there})
+    assert known.status == 200
+    assert "flash" not in known.body
+    if scope == "everything":
+        return
+    unknown = await api.call("PUT", "/control/pause", json={"scope": scope, "target": "nobody.There"})
+
+    assert "[nobody.There]" in unknown.body["flash"][0]["message"]
+    assert len((await api.call("GET", "/control")).data["pauses"]) == 2
+
+
+@pytest.mark.parametrize(
     "body",
     [
         {"scope": "planet", "target": "a"},
