@@ -35,7 +35,8 @@ async def measure(goals: Sequence[Goal], repetitions: int) -> None:
         for figure in figures(goals):
             start = time.monotonic()
             await figure.repeat()
-            print(f"  {figure.name}: measured in {time.monotonic() - start:.0f} s", flush=True)
+            took = time.monotonic() - start
+            print(f"  {figure.name}: {figure.repetitions[-1] * 1000:.3f} ms, in {took:.0f} s", flush=True)
 
 
 async def bench(options: argparse.Namespace, url: str, peers: Mapping[str, Rival]) -> Document:
@@ -82,6 +83,8 @@ def main() -> None:
     parser.add_argument("--peers", action="store_true", help="beside other job systems, too (--goal peer)")
     parser.add_argument("--json", type=Path, help="file for the numbers")
     options = parser.parse_args()
+    # Else each fresh interpreter compiles the product again, which an installed one never does.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     with ExitStack() as stack:
         url, kind = os.environ.get("CORE4_MONGO_URL", ""), "CORE4_MONGO_URL"
         if not url:
