@@ -18,6 +18,8 @@ unexport PYTHONDONTWRITEBYTECODE
 
 # A seed that an earlier run has printed: make chaos SEED=7
 SEED ?=
+# Not empty: RQ, Celery and Procrastinate are measured, too, in an environment of their own.
+PEERS ?=
 CHAOS = $(RUN) -m tests.chaos.run --json reports/chaos.jsonl $(if $(SEED),--seed $(SEED))
 
 .PHONY: help demo up test seed crowd check format docs rows bench chaos chaos-long planted build clean
@@ -58,8 +60,8 @@ docs: $(VENV)/.docs  ## build docs/_build/html; a warning is an error
 rows: $(VENV)/.test  ## which rows of the acceptance list the last `make test` has covered
 	@$(RUN) -m tests.rows $(REPORT)
 
-bench: $(VENV)/.test  ## measure against bare loops in the same run; table, and reports/bench.json
-	$(RUN) -m tests.bench --json reports/bench.json
+bench: $(VENV)/.test  ## measure against bare loops in the same run; PEERS=1: and other job systems; reports/bench.json
+	$(RUN) -m tests.bench $(if $(PEERS),--peers) --json reports/bench.json
 
 chaos: $(VENV)/.test  ## 2,000 jobs while processes die and the network fails: nothing lost (minutes)
 	@mkdir -p reports

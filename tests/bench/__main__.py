@@ -12,7 +12,8 @@ import json
 import os
 import platform
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack, ExitStack
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,9 @@ from typing import Any
 from pymongo import MongoClient
 
 from core4.embedded import EmbeddedServer
-from tests.bench.engine import Engine
+from tests.bench.engine import SLOTS, Engine
 from tests.bench.probes import Goal, figures, table
+from tests.bench.rivals import Rival, rivals, versions
 
 Document = dict[str, Any]
 
@@ -31,16 +33,20 @@ async def measure(goals: Sequence[Goal], repetitions: int) -> None:
     for number in range(repetitions):
         print(f"repetition {number + 1} of {repetitions}", flush=True)
         for figure in figures(goals):
+            start = time.monotonic()
             await figure.repeat()
+            took = time.monotonic() - start
+            print(f"  {figure.name}: {figure.repetitions[-1] * 1000:.3f} ms, in {took:.0f} s", flush=True)
 
 
-async def bench(options: argparse.Namespace, url: str) -> Document:
+async def bench(options: argparse.Namespace, url: str, peers: Mapping[str, Rival]) -> Document:
     """The whole run; rows and facts."""
     async with AsyncExitStack() as stack:
         home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="core4-bench-")))
-        engine = Engine(url, options.depth, home)
+        engine = Engine(url, options.depth, options.drain, home)
         await engine.begin(stack)
-        goals = [goal for goal in engine.goals() if not options.goal or goal.number in options.goal]
+        known = [*engine.goals(), *engine.peer_goals(peers)]
+        goals = [goal for goal in known if not options.goal or goal.number in options.goal]
         await measure(goals, options.repetitions)
         return {
             "rows": [goal.row() for goal in goals],
@@ -67,9 +73,18 @@ def main() -> None:
         "--repetitions", type=int, default=5, help="5 or more for figures to quote (default: 5)"
     )
     parser.add_argument("--depth", type=int, default=5_000, help="jobs that wait at goal 2 (default: 5000)")
+    parser.add_argument(
+        "--drain",
+        type=int,
+        default=400,
+        help="inline jobs of one drain, and a quarter in processes (default: 400)",
+    )
     parser.add_argument("--goal", action="append", help="only this one; may be repeated")
+    parser.add_argument("--peers", action="store_true", help="beside other job systems, too (--goal peer)")
     parser.add_argument("--json", type=Path, help="file for the numbers")
     options = parser.parse_args()
+    # Else each fresh interpreter compiles the product again, which an installed one never does.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     with ExitStack() as stack:
         url, kind = os.environ.get("CORE4_MONGO_URL", ""), "CORE4_MONGO_URL"
         if not url:
@@ -79,11 +94,16 @@ def main() -> None:
         facts: Document = {
             "server": f"{kind}: {server_of(url)}",
             "repetitions": options.repetitions,
+            "drain": options.drain,
             "python": platform.python_version(),
             "cores": os.cpu_count(),
             "load": os.getloadavg()[0],
         }
-        facts |= asyncio.run(bench(options, url))
+        peers: dict[str, Rival] = {}
+        if options.peers:
+            peers, facts["skipped_peers"] = rivals(stack, SLOTS, options.drain)
+            facts["peers"] = versions()
+        facts |= asyncio.run(bench(options, url, peers))
     print(f"\n{facts['server']}; medians of {facts['repetitions']} repetitions; {facts['cores']} cores")
     print(table(facts["rows"]))
     print(f"goal 8, idle calls of a worker: {facts['idle_calls']}")

@@ -33,14 +33,15 @@ from core4.states import State
 from core4.store import INDEXES, JOURNAL, QUEUE
 from core4.worker import protocol
 from core4.worker.handle import Launcher
-from tests.bench.probes import Figure, Goal
+from tests.bench.probes import Figure, Goal, middle
+from tests.bench.rivals import Rival
 from tests.helpers import FAST, ROOT, Command, program
 
 Document = dict[str, Any]
 DURABLE = WriteConcern(w="majority", j=True)
 JOBS = ROOT / "tests/jobs/bench.py"
 SLOTS = 32  # of the worker: as many inline jobs as it may take at once
-CLAIMS, ENQUEUES, DRAINED, FORKED, LATENCIES = 20, 50, 400, 100, 25  # per repetition
+CLAIMS, ENQUEUES = 20, 50  # per repetition
 SHALLOW, BULK = 100, 1_000
 QUIET = 10.0  # seconds for which an idle worker is looked at
 PATIENCE = 300.0  # seconds for one drain
@@ -49,8 +50,9 @@ PATIENCE = 300.0  # seconds for one drain
 class Engine:
     """A database with a worker on it, and what is measured there."""
 
-    def __init__(self, url: str, deep: int, home: Path) -> None:
+    def __init__(self, url: str, deep: int, drained: int, home: Path) -> None:
         self.url, self.deep, self.home = url, deep, home
+        self.latencies = max(drained // 16, 5)
         self.name = f"bench_{uuid.uuid4().hex[:8]}"
         self.client: MongoClient[Document] = MongoClient(url)
         self.tables = self.client[self.name]
@@ -62,6 +64,9 @@ class Engine:
         self.launcher: Launcher
         self.entry: Mapping[str, Any]
         self.forks: subprocess.Popen[str]
+        self.inline = Figure("inline job drained", self.drain("tests.jobs.InlineStamp", drained))
+        self.process = Figure("process job drained", self.drain("tests.jobs.Stamp", drained // 4))
+        self.idle = Figure("enqueue to body, inline, idle", self.latency("tests.jobs.InlineStamp"))
 
     async def begin(self, stack: AsyncExitStack) -> None:
         """Connect, make the documents that are there before anything is measured, start the worker."""
@@ -176,9 +181,7 @@ class Engine:
         async def measure() -> Sequence[float]:
             rows = [self.document("DEFAULT", name) for _ in range(number)]
             self.tables[QUEUE].insert_many(rows)
-            ended = sorted(await self.journaled([row["_id"] for row in rows]))
-            low, high = int(number * 0.2), int(number * 0.95)
-            return [(ended[high] - ended[low]) / (high - low)]
+            return [middle(await self.journaled([row["_id"] for row in rows]))]
 
         return measure
 
@@ -203,14 +206,14 @@ class Engine:
             self._bare_claim()
 
         self.bare.delete_many({})
-        return [_timed(both) for _ in range(LATENCIES)]
+        return [_timed(both) for _ in range(self.latencies)]
 
     def latency(self, name: str) -> Callable[[], Awaitable[Sequence[float]]]:
         """From the enqueue to the first line of the body, the worker being idle."""
 
         async def measure() -> Sequence[float]:
             found = []
-            for _ in range(LATENCIES):
+            for _ in range(self.latencies):
                 await asyncio.sleep(random.uniform(0.03, 0.15))
                 start = time.time()
                 job = await self.queue.enqueue(self.order(name, "DEFAULT"))
@@ -238,7 +241,7 @@ class Engine:
 
         return measure
 
-    def process(self, *, fresh: bool) -> Callable[[], Awaitable[Sequence[float]]]:
+    def job_process(self, *, fresh: bool) -> Callable[[], Awaitable[Sequence[float]]]:
         """A job process as the worker has it, without the database: from the order to its last process."""
 
         async def measure() -> Sequence[float]:
@@ -291,31 +294,39 @@ class Engine:
         fork = Figure("fork and wait", self.bare_process("fork"))
         python = Figure("python -c", self.bare_process("python"))
         latency = Figure("bare insert and claim", self.bare_latency)
-        inline = Figure("inline job drained", self.drain("tests.jobs.InlineStamp", DRAINED))
         bare = Figure("bare claim and update", self.bare_drain)
+        fresh = Figure("job in a fresh interpreter", self.job_process(fresh=True))
         return [
             Goal("1", shallow, claim, 0.8),
             Goal("2", deep, shallow, 1.5, by="time"),
             Goal("3", Figure("enqueue", self.enqueues), insert, 0.85),
-            Goal("5", inline, bare, 2.0),
-            Goal(
-                "7",
-                Figure("enqueue to body, inline, idle", self.latency("tests.jobs.InlineStamp")),
-                latency,
-                1.0,
-                by="time",
-                plus=0.003,
-            ),
-            Goal("9", Figure("job in a warm process", self.process(fresh=False)), fork, 4.0, by="time"),
-            Goal(
-                "9",
-                Figure("process job drained", self.drain("tests.jobs.Stamp", FORKED)),
-                fork,
-                4.0,
-                by="time",
-            ),
-            Goal(
-                "10", Figure("job in a fresh interpreter", self.process(fresh=True)), python, 2.0, by="time"
+            Goal("5", self.inline, bare, 2.0),
+            Goal("7", self.idle, latency, 1.0, by="time", plus=0.003),
+            Goal("9", Figure("job in a warm process", self.job_process(fresh=False)), fork, 4.0, by="time"),
+            Goal("9", self.process, fork, 4.0, by="time"),
+            Goal("10", fresh, python, 2.0, by="time"),
+        ]
+
+    def peer_goals(self, rivals: Mapping[str, Rival]) -> list[Goal]:
+        """The same figures beside what other job systems need for a job that does nothing."""
+        process = Figure("enqueue to body, process, idle", self.latency("tests.jobs.Stamp"))
+        drains = [
+            ("procrastinate", self.inline, 1.0),
+            ("celery", self.inline, None),
+            ("rq", self.process, 1.5),
+        ]
+        latencies = [
+            ("celery", self.idle, 1.0),
+            ("procrastinate", self.idle, 1.5),
+            ("rq", process, 1.0),
+            ("celery", process, None),
+        ]
+        return [
+            *(Goal("peer", own, rivals[name].drained, goal) for name, own, goal in drains if name in rivals),
+            *(
+                Goal("peer", own, rivals[name].idle, goal, by="time")
+                for name, own, goal in latencies
+                if name in rivals
             ),
         ]
 

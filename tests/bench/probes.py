@@ -43,7 +43,7 @@ class Goal:
     number: str  # in the list of goals
     figure: Figure
     floor: Figure
-    wanted: float
+    wanted: float | None  # None: told, and nothing is asked for
     by: Literal["rate", "time"] = "rate"
     plus: float = 0.0  # seconds that are granted on top of the floor
 
@@ -61,6 +61,8 @@ class Goal:
 
     @property
     def met(self) -> bool:
+        if self.wanted is None:
+            return True
         return self.ratio >= self.wanted if self.by == "rate" else self.ratio <= self.wanted
 
     def row(self) -> Document:
@@ -80,6 +82,13 @@ class Goal:
         }
 
 
+def middle(ended: Sequence[float]) -> float:
+    """Seconds per job of the 20 to 95 % part of a drain: neither the worker's start nor the tail counts."""
+    ended = sorted(ended)
+    low, high = int(len(ended) * 0.2), int(len(ended) * 0.95)
+    return (ended[high] - ended[low]) / (high - low)
+
+
 def figures(goals: Sequence[Goal]) -> list[Figure]:
     """All of them, each once, in the order in which they come up; a floor comes before what stands on it."""
     return list({id(each): each for goal in goals for each in (goal.floor, goal.figure)}.values())
@@ -93,7 +102,7 @@ def table(rows: Sequence[Document]) -> str:
     for row in rows:
         p95 = "" if row["p95_ms"] is None else f"{row['p95_ms']:.2f}"
         span = f"({row['lowest']:.2f}-{row['highest']:.2f})"
-        goal = ("> " if row["by"] == "rate" else "< ") + f"{row['wanted']:g}"
+        goal = "" if row["wanted"] is None else ("> " if row["by"] == "rate" else "< ") + f"{row['wanted']:g}"
         lines.append(
             f"{row['goal']:5}{row['name']:46}{row['ms']:>10.3f}{p95:>10}{row['floor_ms']:>10.3f}   "
             f"{row['ratio']:>6.2f} {span:15}{goal:>8} {'' if row['met'] else 'no'}".rstrip()
