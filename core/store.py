@@ -357,10 +357,18 @@ class JobStore:
     # ------------------------------------------------------------------ writing
 
     async def insert(self, document: Document) -> Job:
+        """A new job; or what is there under its id.
+
+        Its line in the audit comes beside: the document says the same, and whoever acts on the job next, or
+        moves it, completes it.
+
+        Raises: JobExists, Unavailable.
+        """
         for _ in range(3):
             try:
                 await self.queue.insert_one(document)
-                return await self.try_tell(Job.from_document(document))
+                self.events.add_soon(audit_of(document))
+                return Job.from_document(document)
             except DuplicateKeyError as error:
                 # Its own id first: a job that is there may have lost its place, or violate both indexes.
                 found = await self.document(document["_id"])
@@ -472,9 +480,6 @@ class JobStore:
     async def try_tell(self, job: Job) -> Job:
         """Tell the audit what was done to a job; if it cannot be done now, a sweep or the move will."""
         try:
-            if not job.document.get("audit"):  # just enqueued
-                await self.events.add(audit_of(job.document))
-                return job
             await self.events.complete(audit_of(job.document))
             table = self.journal if job.journal else self.queue
             # Not a revision of its own: nothing that anybody decides on has changed.
