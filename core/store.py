@@ -7,9 +7,10 @@ and the decision is made again on what is there now.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import random
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -383,6 +384,24 @@ class JobStore:
                 return await self._inserted(document["_id"], error)
         raise Unavailable("the queue is busy with this job, try again")
 
+    async def insert_many(self, documents: Sequence[Document]) -> list[Job | Exception]:
+        """`insert` for several in one round trip; what stood in the way of a job stands in its place."""
+        alone: set[ObjectId] = set()
+        try:
+            await self.queue.insert_many(documents, ordered=False)
+        except ConnectionFailure as error:
+            return await _each(self._inserted(document["_id"], error) for document in documents)
+        except REFUSED as error:
+            # Which of them are there is not always known: who inserts one again finds that.
+            alone = _refused(error, documents)
+        there = [document for document in documents if document["_id"] not in alone]
+        self.events.add_soon([line for document in there for line in audit_of(document)])
+        found: dict[ObjectId, Job | Exception] = {row["_id"]: Job.from_document(row) for row in there}
+        again = [document for document in documents if document["_id"] in alone]
+        rows = await _each(map(self.insert, again))
+        found |= {document["_id"]: row for document, row in zip(again, rows, strict=True)}
+        return [found[document["_id"]] for document in documents]
+
     async def _inserted(self, job_id: ObjectId, cause: Exception) -> Job:
         """The job, if an insert whose reply was lost has arrived."""
         try:
@@ -535,6 +554,23 @@ class JobStore:
             await self.wake_slot(key)
         except PyMongoError as error:
             log.warning("job.unwoken", extra={"slot_key": key, "error": str(error)[:200]})
+
+
+async def _each(moves: Iterable[Coroutine[Any, Any, Job]]) -> list[Job | Exception]:
+    """The job after each move, or what stood in its way."""
+    found: list[Job | Exception] = []
+    for each in await asyncio.gather(*moves, return_exceptions=True):
+        if not isinstance(each, Job | Exception):
+            raise each
+        found.append(each)
+    return found
+
+
+def _refused(error: Exception, documents: Sequence[Document]) -> set[ObjectId]:
+    """The ids of those of the documents of which it is not known that they were inserted."""
+    if not isinstance(error, BulkWriteError) or error.details.get("writeConcernErrors"):
+        return {document["_id"] for document in documents}
+    return {documents[each["index"]]["_id"] for each in error.details["writeErrors"]}
 
 
 def _told(job: Job) -> Job:
