@@ -37,6 +37,7 @@ from core4.api.keys import (
     RETURNS,
     SCHEDULES,
     SEATS,
+    SERVED,
     SETTINGS,
     SIGN_INS,
     USERS,
@@ -48,7 +49,8 @@ from core4.api.routes import add_routes
 from core4.api.throttle import Seats, SignIns, Throttle
 from core4.api.workers import add_worker_routes
 from core4.attendance import Attendance, Contact
-from core4.catalogue import Catalogue
+from core4.catalogue import CATALOGUE as CATALOGUE_COLLECTION
+from core4.catalogue import RememberedCatalogue
 from core4.changes import ChangeFeed
 from core4.config import Settings
 from core4.controls import CONTROL, ControlStore
@@ -58,6 +60,7 @@ from core4.events import EventStore
 from core4.logs import LOG, LogStore
 from core4.queues import JobQueue
 from core4.registry import WorkerRegistry
+from core4.remembered import Remembered
 from core4.returns import RETURN, Returns
 from core4.schedules import ScheduleStore
 from core4.service import hide_memory, ready, stop_on_signals
@@ -73,6 +76,7 @@ _silent.setLevel(logging.WARNING)
 
 BACKLOG = 4096  # connections that may wait to be accepted: followers all come back at once
 IDLE = 75.0  # seconds that a connection is kept between two requests
+GLANCE = 1.0  # seconds for which a worker that was up counts as one: it decides on a warning only
 SHUTDOWN = 2.0  # seconds that open requests get to end
 
 
@@ -84,9 +88,9 @@ def create_app(settings: Settings, database: Database) -> web.Application:
     app[DATABASE] = database
     app[QUEUE] = JobQueue(database, settings)
     app[LOGS] = LogStore(database)
-    app[CATALOGUE] = Catalogue(database)
     app[SCHEDULES] = ScheduleStore(database)
-    app[WORKERS] = WorkerRegistry(database)
+    app[WORKERS] = registry = WorkerRegistry(database)
+    app[SERVED] = Remembered(lambda kind: registry.serves(*kind), lambda: GLANCE)
     app[CONTROLS] = ControlStore(database)
     app[ACTIONS] = ActionStore(database)
     app[USERS] = UserStore(database, settings)
@@ -98,7 +102,9 @@ def create_app(settings: Settings, database: Database) -> web.Application:
         app[REQUESTS] = Throttle(settings.requests_per_user, 1.0)
     app[OPENAPI] = describe
     app[METRICS] = Metrics()
-    app[FEED] = feed = ChangeFeed(database, [QUEUE_COLLECTION, JOURNAL, LOG, CONTROL, RETURN])
+    watched = [QUEUE_COLLECTION, JOURNAL, LOG, CONTROL, RETURN, CATALOGUE_COLLECTION]
+    app[FEED] = feed = ChangeFeed(database, watched)
+    app[CATALOGUE] = RememberedCatalogue(database, feed)
     app[CLOSING] = asyncio.Event()
     app[HUB] = Hub(feed, app[QUEUE], app[LOGS], buffer=settings.sse_buffer)
 

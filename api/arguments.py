@@ -27,6 +27,8 @@ async def parse(schema: type[Schema], request: web.Request) -> dict[str, Any]:
     Raises: BadRequest naming what is wrong; HTTPException 413 or 415 for a body that is not read.
     """
     one = _made(schema)
+    if not (one.fields or request.query_string or request.can_read_body):
+        return {}  # nothing is taken and nothing was sent: most of what is asked for by its address alone
     parsed: dict[str, Any] = await _parser.parse(one, request, unknown=one.unknown)
     return parsed
 

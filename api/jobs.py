@@ -24,6 +24,7 @@ from core4.api.keys import (
     QUEUE,
     REQUEST_ID,
     SEATS,
+    SERVED,
     SETTINGS,
     USER,
     WORKERS,
@@ -88,6 +89,21 @@ async def enqueue_one(request: web.Request, args: Args, key: str | None) -> tupl
 
     Raises: Forbidden, UnknownJob, KeyReused, and what `make_order` and `JobQueue.enqueue` raise.
     """
+    order, began = await order_of(request, args, keyed=key is not None), utcnow()
+    # The id is ours: should the reply of the database get lost, it can be asked for.
+    job_id = derived_id("api", request[USER].name.lower(), key) if key else ObjectId()
+    job = await whole(request.app[QUEUE].enqueue(order, job_id=job_id, once=key is not None))
+    if key is not None and job.document.get("request_hash") != order.request_hash:
+        raise KeyReused(f"the Idempotency-Key belongs to another request: it made job [{job.id}]")
+    # A client may repeat the request's id, too: then it is an older job by its time.
+    return job, job.document["request_id"] != order.request_id or job.document["enqueued"]["at"] < began
+
+
+async def order_of(request: web.Request, args: Args, *, keyed: bool = False) -> JobOrder:
+    """What `args` ask for, as the queue takes it.
+
+    Raises: Forbidden, UnknownJob, and what `make_order` raises.
+    """
     user, name = request[USER], args["qual_name"]
     if not user.may.may_execute(name):
         raise Forbidden(f"user [{user.name}] has no right to execute job [{name}]")
@@ -95,14 +111,7 @@ async def enqueue_one(request: web.Request, args: Args, key: str | None) -> tupl
     if entry is None:
         raise UnknownJob(name)
     waits = await _dependencies(request, args.get("dependencies") or ())
-    order, began = _order(request, entry, args, waits, keyed=key is not None), utcnow()
-    # The id is ours: should the reply of the database get lost, it can be asked for.
-    job_id = derived_id("api", user.name.lower(), key) if key else ObjectId()
-    job = await whole(request.app[QUEUE].enqueue(order, job_id=job_id, once=key is not None))
-    if key is not None and job.document.get("request_hash") != order.request_hash:
-        raise KeyReused(f"the Idempotency-Key belongs to another request: it made job [{job.id}]")
-    # A client may repeat the request's id, too: then it is an older job by its time.
-    return job, job.document["request_id"] != order.request_id or job.document["enqueued"]["at"] < began
+    return _order(request, entry, args, waits, keyed=keyed)
 
 
 async def unknown(request: web.Request, name: str) -> UnknownJob:
@@ -166,7 +175,7 @@ def _request_hash(args: Args) -> str:
 
 async def unserved(request: web.Request, name: str, namespace: str) -> list[str]:
     """A warning if no worker would run such a job now."""
-    if await request.app[WORKERS].serves(name, namespace):
+    if await request.app[SERVED].get((name, namespace)):
         return []
     return [
         f"no worker is up that runs [{name}] in namespace [{namespace}]: the job waits until one is started"

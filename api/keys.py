@@ -20,6 +20,7 @@ from core4.events import EventStore
 from core4.logs import LogStore
 from core4.queues import JobQueue
 from core4.registry import WorkerRegistry
+from core4.remembered import Remembered
 from core4.returns import Returns
 from core4.schedules import ScheduleStore
 from core4.users import Token, User, UserStore
@@ -36,6 +37,8 @@ LOGS = web.AppKey("logs", LogStore)
 CATALOGUE = web.AppKey("catalogue", Catalogue)
 SCHEDULES = web.AppKey("schedules", ScheduleStore)
 WORKERS = web.AppKey("workers", WorkerRegistry)
+# Whether a living worker runs jobs of this name in this namespace, as of a moment ago.
+SERVED: web.AppKey[Remembered[tuple[str, str], bool]] = web.AppKey("served")
 CONTROLS = web.AppKey("controls", ControlStore)
 ACTIONS = web.AppKey("actions", ActionStore)
 USERS = web.AppKey("users", UserStore)

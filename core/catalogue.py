@@ -11,10 +11,14 @@ from pymongo import ReplaceOne
 from pymongo.errors import BulkWriteError
 
 from core4 import chains
+from core4.changes import Change, ChangeFeed
 from core4.database import Database, Document, Page, only_duplicates
 from core4.jobs import utcnow
+from core4.remembered import Remembered
 
 CATALOGUE = "sys.job"
+# Seconds for which an entry is remembered: while its changes are told of, and while they are not.
+TOLD, UNTOLD = 30.0, 1.0
 MOST_SIMILAR = 3  # names that are proposed for one that is not there
 
 
@@ -95,6 +99,23 @@ class Catalogue:
         rows = [row for row in await self.all() if allowed(str(row["_id"])) and where(row)]
         rows = [row for row in rows if not row.get("hidden") and (not search or matches(search, row["_id"]))]
         return cut(rows, sort, page, per_page)
+
+
+class RememberedCatalogue(Catalogue):
+    """For who asks for the same entries all the time; what `get` returns is not to be changed."""
+
+    def __init__(self, database: Database, feed: ChangeFeed) -> None:
+        super().__init__(database)
+        self._entries = Remembered(super().get, lambda: TOLD if feed.live else UNTOLD)
+        feed.listen(self._hear)
+
+    async def get(self, name: str) -> Document | None:
+        """As `Catalogue.get`, from memory for some seconds, or until a change is told of."""
+        return await self._entries.get(name)
+
+    def _hear(self, change: Change) -> None:
+        if change.kind == "resync" or change.collection == CATALOGUE:
+            self._entries.forget()
 
 
 def cut(rows: Sequence[Document], sort: Sequence[tuple[str, int]], page: int, per_page: int) -> Page:

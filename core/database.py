@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Self
@@ -31,6 +31,7 @@ Collection = AsyncIOMotorCollection[Document]
 DURABLE = WriteConcern(w="majority", j=True, wtimeout=10_000)
 FAST = WriteConcern(w=1)
 
+LANDING = 10.0  # seconds that are waited at the end for what is done beside
 AWAIT = 1.0  # seconds after which a server answers on a change stream that there was nothing
 GOING_DOWN = frozenset(
     {91, 189, 10107, 11600, 11602, 13435, 13436}
@@ -83,6 +84,8 @@ class Database:
         self._database = client.get_database(name, read_preference=ReadPreference.PRIMARY)
         self.name = name
         self.find_and_modify = find_and_modify
+        self._beside: set[asyncio.Task[None]] = set()
+        self._awaited = asyncio.Event()  # set while somebody waits for what is done beside
 
     @classmethod
     async def connect(
@@ -162,8 +165,28 @@ class Database:
             missing += [(collection, name) for name in names if name not in there]
         return missing
 
+    def beside(self, work: Coroutine[Any, Any, None]) -> None:
+        """Have this done beside what comes next. `close` waits for it; a process that dies does not do it."""
+        task = asyncio.create_task(work)
+        self._beside.add(task)
+        task.add_done_callback(self._beside.discard)
+
+    async def pause(self, seconds: float) -> None:
+        """Wait for more to do together; no longer than until somebody waits for that."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._awaited.wait()
+
+    async def landed(self) -> None:
+        """Wait until all that is done beside is done, for some seconds at most."""
+        self._awaited.set()
+        if self._beside:
+            await asyncio.wait(self._beside, timeout=LANDING)
+        self._awaited.clear()
+
     async def drop(self) -> None:
         """Delete the whole database (tests, demos)."""
+        await self.landed()
         await self._client.drop_database(self.name)
 
     @asynccontextmanager
@@ -184,7 +207,8 @@ class Database:
             yield _Stream(stream, first)
 
     async def close(self) -> None:
-        """Give the connections back."""
+        """Finish what is done beside, then give the connections back."""
+        await self.landed()
         self._client.close()
 
 

@@ -43,6 +43,7 @@ LIVES: Mapping[str, timedelta] = {
     "day": timedelta(days=36500),
 }
 _SPANS = (("second", timedelta(days=1)), ("minute", timedelta(days=30)), ("hour", timedelta(days=365)))
+GAP = 0.2  # seconds for which lines are collected that nobody waits for
 _ENQUEUE_REV = 1  # of the insert: who enqueued is said by the document, however long its history is
 
 
@@ -88,13 +89,14 @@ class EventStore:
     """The only writer of `sys.event`."""
 
     def __init__(self, database: Database) -> None:
-        self._database = database
+        self.database = database
         self._events = database.fast(EVENT)
         self._durable = database.collection(EVENT)
+        self._collected: list[Document] = []
 
     async def prepare(self) -> None:
         """Make the indexes that are missing."""
-        await self._database.ensure_indexes(INDEXES)
+        await self.database.ensure_indexes(INDEXES)
 
     async def add(self, lines: Sequence[Document]) -> None:
         """Store lines; those that are there already stay as they are."""
@@ -103,6 +105,25 @@ class EventStore:
         except BulkWriteError as error:
             if not only_duplicates(error):
                 raise
+
+    def add_soon(self, lines: Sequence[Document]) -> None:
+        """Store lines that are derived from what is stored already: beside what comes next, several together.
+
+        Those of a process that dies before are made good by who completes them, see `complete`.
+        """
+        if not lines:
+            return
+        self._collected += lines
+        if len(self._collected) == len(lines):  # the first ones
+            self.database.beside(self._add_collected())
+
+    async def _add_collected(self) -> None:
+        await self.database.pause(GAP)
+        lines, self._collected = self._collected, []
+        try:
+            await self.add(lines)
+        except PyMongoError as error:
+            log.warning("events.untold", extra={"lines": len(lines), "error": str(error)[:200]})
 
     async def complete(self, lines: Sequence[Document]) -> None:
         """Store those of the lines that are missing; a look is cheaper than a write."""

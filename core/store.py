@@ -7,9 +7,10 @@ and the decision is made again on what is there now.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import random
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -357,10 +358,18 @@ class JobStore:
     # ------------------------------------------------------------------ writing
 
     async def insert(self, document: Document) -> Job:
+        """A new job; or what is there under its id.
+
+        Its line in the audit comes beside: the document says the same, and whoever acts on the job next, or
+        moves it, completes it.
+
+        Raises: JobExists, Unavailable.
+        """
         for _ in range(3):
             try:
                 await self.queue.insert_one(document)
-                return await self.try_tell(Job.from_document(document))
+                self.events.add_soon(audit_of(document))
+                return Job.from_document(document)
             except DuplicateKeyError as error:
                 # Its own id first: a job that is there may have lost its place, or violate both indexes.
                 found = await self.document(document["_id"])
@@ -374,6 +383,24 @@ class JobStore:
             except ConnectionFailure as error:
                 return await self._inserted(document["_id"], error)
         raise Unavailable("the queue is busy with this job, try again")
+
+    async def insert_many(self, documents: Sequence[Document]) -> list[Job | Exception]:
+        """`insert` for several in one round trip; what stood in the way of a job stands in its place."""
+        alone: set[ObjectId] = set()
+        try:
+            await self.queue.insert_many(documents, ordered=False)
+        except ConnectionFailure as error:
+            return await _each(self._inserted(document["_id"], error) for document in documents)
+        except REFUSED as error:
+            # Which of them are there is not always known: who inserts one again finds that.
+            alone = _refused(error, documents)
+        there = [document for document in documents if document["_id"] not in alone]
+        self.events.add_soon([line for document in there for line in audit_of(document)])
+        found: dict[ObjectId, Job | Exception] = {row["_id"]: Job.from_document(row) for row in there}
+        again = [document for document in documents if document["_id"] in alone]
+        rows = await _each(map(self.insert, again))
+        found |= {document["_id"]: row for document, row in zip(again, rows, strict=True)}
+        return [found[document["_id"]] for document in documents]
 
     async def _inserted(self, job_id: ObjectId, cause: Exception) -> Job:
         """The job, if an insert whose reply was lost has arrived."""
@@ -472,9 +499,6 @@ class JobStore:
     async def try_tell(self, job: Job) -> Job:
         """Tell the audit what was done to a job; if it cannot be done now, a sweep or the move will."""
         try:
-            if not job.document.get("audit"):  # just enqueued
-                await self.events.add(audit_of(job.document))
-                return job
             await self.events.complete(audit_of(job.document))
             table = self.journal if job.journal else self.queue
             # Not a revision of its own: nothing that anybody decides on has changed.
@@ -530,6 +554,23 @@ class JobStore:
             await self.wake_slot(key)
         except PyMongoError as error:
             log.warning("job.unwoken", extra={"slot_key": key, "error": str(error)[:200]})
+
+
+async def _each(moves: Iterable[Coroutine[Any, Any, Job]]) -> list[Job | Exception]:
+    """The job after each move, or what stood in its way."""
+    found: list[Job | Exception] = []
+    for each in await asyncio.gather(*moves, return_exceptions=True):
+        if not isinstance(each, Job | Exception):
+            raise each
+        found.append(each)
+    return found
+
+
+def _refused(error: Exception, documents: Sequence[Document]) -> set[ObjectId]:
+    """The ids of those of the documents of which it is not known that they were inserted."""
+    if not isinstance(error, BulkWriteError) or error.details.get("writeConcernErrors"):
+        return {document["_id"] for document in documents}
+    return {documents[each["index"]]["_id"] for each in error.details["writeErrors"]}
 
 
 def _told(job: Job) -> Job:

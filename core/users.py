@@ -28,6 +28,7 @@ from core4.database import Database, Document
 from core4.errors import BadRequest, Conflict, NotFound, TooManyRequests
 from core4.jobs import utcnow
 from core4.permissions import Rights
+from core4.remembered import Remembered
 
 ROLE, TOKEN = "sys.role", "sys.token"
 INDEXES = {
@@ -92,7 +93,8 @@ class UserStore:
         self._dummy = ""
         self._checks: dict[bytes, asyncio.Future[bool]] = {}
         self._right = _Memory[bytes, bool](REMEMBER)
-        self._users = _Memory[str, Document](REREAD)
+        # One look for all that a user sends at the same time.
+        self._users = Remembered(self._read, lambda: REREAD)
         self._fresh = _Memory[str, tuple[str, datetime]](self._settings.token_ttl)
 
     async def prepare(self) -> None:
@@ -170,7 +172,7 @@ class UserStore:
         )
         if not result.matched_count:
             raise NotFound(f"user [{name}] not found")
-        self._users.forget(key)
+        self._users.forget()
 
     # ------------------------------------------------------------------ passwords
 
@@ -235,15 +237,10 @@ class UserStore:
         return self._dummy
 
     async def _document(self, name: str) -> Document | None:
-        key = name.lower()
-        if not NAME.fullmatch(name):
-            return None
-        document = self._users.get(key)
-        if document is None:
-            document = await self._roles.find_one({"name_lower": key})
-            if document is not None:
-                self._users.put(key, document)
-        return document
+        return await self._users.get(name.lower()) if NAME.fullmatch(name) else None
+
+    async def _read(self, key: str) -> Document | None:
+        return await self._roles.find_one({"name_lower": key})
 
     # ------------------------------------------------------------------ tokens
 

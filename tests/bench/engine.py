@@ -27,7 +27,7 @@ from pymongo.collection import Collection
 from core4 import jobs
 from core4.config import Settings
 from core4.database import Database
-from core4.jobs import JobOrder, Owner, utcnow
+from core4.jobs import Job, JobOrder, Owner, utcnow
 from core4.queues import JobQueue
 from core4.states import State
 from core4.store import INDEXES, JOURNAL, QUEUE
@@ -79,7 +79,7 @@ class Engine:
         stack.push_async_callback(self.database.close)
         self.queue = JobQueue(self.database, settings)
         await self.queue.store.prepare()
-        self.bare.create_indexes(list(INDEXES[QUEUE]))
+        await self.database.ensure_indexes({"bare": INDEXES[QUEUE]})
         for namespace, depth in (("SHALLOW", SHALLOW), ("DEEP", self.deep)):
             for start in range(0, depth, BULK):
                 rows = [self.document(namespace) for _ in range(min(BULK, depth - start))]
@@ -162,6 +162,21 @@ class Engine:
             found.append(time.perf_counter() - start)
         self.tables[QUEUE].delete_many({"namespace": "NOBODY"})
         return found
+
+    async def bare_insert_many(self) -> Sequence[float]:
+        """Seconds per document of a thousand in one call."""
+        rows = [self.document() for _ in range(BULK)]
+        return [_timed(partial(self.bare.insert_many, rows)) / BULK]
+
+    async def enqueue_many(self) -> Sequence[float]:
+        """Seconds per job of a thousand in one call, from order to answer."""
+        orders = [self.order() for _ in range(BULK)]
+        start = time.perf_counter()
+        jobs = await self.queue.enqueue_many(orders)
+        seconds = time.perf_counter() - start
+        await self.database.landed()
+        self.tables[QUEUE].delete_many({"_id": {"$in": [job.id for job in jobs if isinstance(job, Job)]}})
+        return [seconds / BULK]
 
     # ------------------------------------------------------------------ drains, 5 and 9
 
@@ -291,6 +306,7 @@ class Engine:
         deep = Figure(f"claim, {self.deep:,} waiting", self.claims("DEEP"))
         claim = Figure("bare claim", self.bare_claims)
         insert = Figure("bare insert", self.bare_inserts)
+        insert_many = Figure("bare insert_many of 1,000", self.bare_insert_many)
         fork = Figure("fork and wait", self.bare_process("fork"))
         python = Figure("python -c", self.bare_process("python"))
         latency = Figure("bare insert and claim", self.bare_latency)
@@ -300,6 +316,7 @@ class Engine:
             Goal("1", shallow, claim, 0.8),
             Goal("2", deep, shallow, 1.5, by="time"),
             Goal("3", Figure("enqueue", self.enqueues), insert, 0.85),
+            Goal("3", Figure("enqueue, 1,000 together", self.enqueue_many), insert_many, 0.7),
             Goal("5", self.inline, bare, 2.0),
             Goal("7", self.idle, latency, 1.0, by="time", plus=0.003),
             Goal("9", Figure("job in a warm process", self.job_process(fresh=False)), fork, 4.0, by="time"),

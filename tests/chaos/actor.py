@@ -19,7 +19,7 @@ from core4.faults import Faults
 from tests.chaos.client import Actor, fast_settings
 from tests.chaos.evidence import opened
 from tests.chaos.scenarios import SCENARIOS
-from tests.database import SmallDatabase
+from tests.database import PatientDatabase
 
 
 async def play(case: dict[str, Any], watched: Faults | None = None) -> list[list[Any]]:
@@ -27,7 +27,7 @@ async def play(case: dict[str, Any], watched: Faults | None = None) -> list[list
     scenario = SCENARIOS[case["scenario"]]
     home = Path(case["home"])
     with faults.armed(watched or Faults()) as armed, opened(home / "history") as history:
-        database = await SmallDatabase.connect(
+        database = await PatientDatabase.connect(
             case["url"], case["database"], find_and_modify=scenario.find_and_modify
         )
         settings = fast_settings(case["url"], case["database"], home)
@@ -36,6 +36,7 @@ async def play(case: dict[str, Any], watched: Faults | None = None) -> list[list
         if scenario.register:
             await actor.register()
         await scenario.prepare(actor)
+        await database.landed()
         armed.trace.clear()
         wanted = Faults.parse(case["fault"])
         wanted.plant()
@@ -44,6 +45,7 @@ async def play(case: dict[str, Any], watched: Faults | None = None) -> list[list
             await scenario.act(actor)
         except Exception as error:  # a client that gives up
             print(f"{case['scenario']}: {error!r}", file=sys.stderr)
+        await database.landed()
         trace = [list(hit) for hit in armed.trace]
         await database.close()
         return trace

@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -116,6 +117,22 @@ class Actor:
         if job is None:
             raise Unavailable("not enqueued")
         return job
+
+    async def enqueue_several(self, keys: Sequence[str]) -> None:
+        """Enqueue them in one call."""
+        orders = [JobOrder(name=NAME, args={"key": key}, options=OPTIONS, username="chaos") for key in keys]
+        made = asyncio.ensure_future(self.queue.enqueue_many(orders))
+
+        async def made_of(number: int) -> ObjectId:
+            job = (await made)[number]
+            if isinstance(job, Job):
+                return job.id
+            raise job
+
+        asks = (
+            self._ask("enqueue", key, partial(made_of, number), result=str) for number, key in enumerate(keys)
+        )
+        await asyncio.gather(*asks)
 
     async def send(self, key: str, message_id: str) -> None:
         """Put a message into the inbox, and note whether that was confirmed."""

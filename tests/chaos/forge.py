@@ -97,6 +97,7 @@ async def judged(cell: Cell, url: str, name: str, home: Path) -> str | None:
                 await scenario.act(actor)
             await recover(actor)
             await scenario.proof(actor)
+            await database.landed()
             await all_told(actor)
         verdict = check(await gathered(database, home / "history", home / "ledger", pauses=scenario.overlaps))
         return None if verdict.ok else str(verdict)

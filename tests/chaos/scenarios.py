@@ -273,7 +273,14 @@ def due_at_once(**fields: Any) -> Step:
 
 # ---------------------------------------------------------------------- the queue
 
+
+async def enqueue_many(actor: Actor) -> None:
+    """Three together, of which one is there already."""
+    await actor.enqueue_several(("k1", "k2", "k3"))
+
+
 scenario("enqueue", enqueued())
+scenario("enqueue-many", enqueue_many, enqueued())
 scenario("claim", lambda actor: actor.claim(), enqueued(), find_and_modify=False)
 scenario("claim-in-one", lambda actor: actor.claim(), enqueued(), find_and_modify=True)
 scenario("claim-pinned", lambda actor: actor.claim(), enqueued(worker="worker@here"))

@@ -9,11 +9,17 @@ import pytest
 from bson import ObjectId
 
 from core4.client import Client
+from core4.config import Settings
 from core4.database import Database
+from core4.errors import JobExists
+from core4.faults import Faults, armed
+from core4.jobs import Job
+from core4.queues import JobQueue
 from core4.retries import Outcome
+from core4.states import State
 from core4.store import QUEUE
 from core4.users import UserStore
-from tests.integration.driver import ADMIN, Api, Runner
+from tests.integration.driver import ADMIN, Api, Runner, order
 
 SCHEMA = {
     "type": "object",
@@ -108,6 +114,47 @@ async def test_a_job_that_nobody_foresaw_costs_the_others_nothing(api: Api, coun
     assert [each["outcome"] for each in answer.data] == ["enqueued"] * 44 + ["refused"]
     assert (answer.data[-1]["status"], answer.data[-1]["code"]) == (500, "internal")
     assert await counted.queue.store.counts() == {"pending": 44}
+
+
+@pytest.mark.parametrize("verb", ["lose", "late 0"])
+async def test_a_lost_reply_for_many_loses_and_doubles_none(
+    database: Database, settings: Settings, verb: str
+) -> None:
+    """What has arrived is found under its own id; what may still come is no job that was answered for."""
+    with armed(Faults.parse(f"{verb} store:insert_many:insert_many")) as faults:
+        queue = JobQueue(database, settings)
+        await queue.store.prepare()
+        jobs = await queue.enqueue_many([order(args={"n": n}) for n in range(5)])
+        await faults.landed()
+
+    told = {job.id for job in jobs if isinstance(job, Job)}
+    stored = {row["_id"] for row in await database.collection(QUEUE).find({}).to_list(None)}
+    assert told <= stored
+    assert len(stored) == 5
+    assert verb != "lose" or told == stored
+
+
+async def test_many_in_one_call_each_with_its_own_end(queue: JobQueue) -> None:
+    """Equal ones, one that cannot be stored and one that waits for a job: none stops the others."""
+    first = await queue.enqueue(order(args={"n": 0}))
+    orders = [
+        order(args={"n": 1}),
+        order(args={"n": 0}),
+        order(args={"n": 1 << 70}),
+        order(args={"n": 2}, dependencies=[first.id]),
+        order(args={"n": 3}),
+    ]
+    one, equal, huge, waiting, last = await queue.enqueue_many(orders)
+
+    assert isinstance(equal, JobExists)
+    assert equal.job_id == first.id
+    assert isinstance(huge, OverflowError)
+    assert [job.state for job in (one, waiting, last) if isinstance(job, Job)] == [
+        State.PENDING,
+        State.BLOCKED,
+        State.PENDING,
+    ]
+    assert await queue.store.counts() == {"pending": 3, "blocked": 1}
 
 
 @pytest.mark.parametrize(

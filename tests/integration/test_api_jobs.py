@@ -18,6 +18,7 @@ from core4.database import Database
 from core4.retries import Outcome
 from core4.store import QUEUE
 from core4.users import UserStore
+from tests.helpers import eventually_async
 from tests.integration.driver import Api, Runner, bearer, order, serving
 
 UNKNOWN = "5f6252b42e84fa29038a3e3f"
@@ -640,3 +641,15 @@ async def test_many_are_not_counted(
     assert [row["args"]["n"] for row in beyond.data] == [6, 7]
     assert all_of_them.body["total_count"] == 8
     assert "flash" not in all_of_them.body
+
+
+async def test_what_is_published_anew_is_in_force_for_an_api_that_remembers(api: Api, runner: Runner) -> None:
+    """The entry that the last request read is dropped as soon as its change is told."""
+    body = {"qual_name": "tests.Job", "args": {"n": 1}, "follow": False}
+    assert (await api.call("POST", "/job", json=body)).status == 200
+    await runner.publish("tests.Job", schema={"type": "object", "additionalProperties": False})
+
+    async def refused() -> bool:
+        return (await api.call("POST", "/job", json={**body, "args": {"n": 2}})).status == 422
+
+    await eventually_async(refused, what="the new schema is in force")

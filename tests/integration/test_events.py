@@ -21,6 +21,7 @@ from core4.queues import JobQueue
 from core4.registry import WorkerRegistry
 from core4.retries import Outcome
 from core4.states import State
+from tests.database import PatientDatabase
 from tests.integration.driver import ADMIN, Api, Runner, order
 
 OWNER = Owner("owner", "worker@here", "here", 1)
@@ -35,7 +36,8 @@ async def events(database: Database) -> EventStore:
 
 
 async def told(events: EventStore, **where: Any) -> list[tuple[str, str]]:
-    """Name and author of each line, oldest first."""
+    """Name and author of each line, oldest first; those that are under way included."""
+    await events.database.landed()
     page = await events.page(where, descending=False, per_page=100)
     return [(row["name"], row["author"]) for row in page.rows]
 
@@ -54,6 +56,7 @@ async def test_every_action_on_a_job_has_its_line(api: Api, events: EventStore) 
         assert answer.status == 200
     child = answer.data
     assert (await api.call("PUT", f"/job/remove/{child}")).status == 200
+    await events.database.landed()
 
     listed = await api.call("GET", "/event", json={"filter": {"author": ADMIN[0]}})
     names = [(row["name"], row["job_id"]) for row in listed.data]
@@ -97,6 +100,23 @@ async def test_a_line_that_could_not_be_told_is_told_by_a_sweep(
     assert await told(events, job_id=str(job.id)) == [("job.enqueue", "ann"), ("job.kill", "bob")]
     (kill,) = (await events.page({"name": "job.kill"})).rows
     assert kill["request_id"] == "r1"
+
+
+async def test_enqueues_are_told_together_and_nobody_waits(
+    mongo_url: str, database: Database, settings: Settings, events: EventStore
+) -> None:
+    """One write for all of them, which a connection that is closed makes first."""
+    with armed(Faults()) as faults:
+        patient = await PatientDatabase.connect(mongo_url, database.name)
+        queue = JobQueue(patient, settings)
+        for n in range(5):
+            await queue.enqueue(order(args={"n": n}))
+        before = await told(events)
+        await patient.close()
+
+    assert before == []
+    assert await told(events) == [("job.enqueue", "ann")] * 5
+    assert [hit.site for hit in faults.trace].count("events:add:insert_many") == 1
 
 
 async def test_no_job_leaves_the_queue_untold(
