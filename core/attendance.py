@@ -10,7 +10,7 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any
 
 from pymongo.errors import PyMongoError
@@ -71,6 +71,11 @@ class Attendance:
         self._registry = WorkerRegistry(database)
         self._events = EventStore(database)
         self._due, self._rated = Lookout(live, settings.poll), Lookout(live, settings.poll)
+        self._late = Lookout(live, settings.poll)
+        self._seen: dict[
+            str, tuple[Any, float]
+        ] = {}  # the last beat of each that lives, and since when it is
+        self._orphans = True  # somebody may have left jobs behind
 
     def parts(self) -> list[Coroutine[Any, Any, None]]:
         """All of it, each to be run until cancelled; they survive outages of the database."""
@@ -78,6 +83,7 @@ class Attendance:
         return [
             self._wake(self._due, lambda: queue.due_in(ahead), queue.promote),
             self._wake(self._rated, queue.claims.rated_in, queue.claims.wake_rated),
+            self._wake(self._late, lambda: queue.expires_in(ahead), queue.expire),
             self._look_after(),
             self._count(),
         ]
@@ -87,10 +93,13 @@ class Attendance:
         if change.kind == "resync":
             self._due.hint()
             self._rated.hint()
+            self._late.hint()
         if "wake_at" in change.fields:
             self._rated.hint()
         if (due := change.fields.get("query_at")) is not None:
             self._expect(self._due, (due - utcnow()).total_seconds())
+        if (end := change.fields.get("expires")) is not None:
+            self._expect(self._late, (end - utcnow()).total_seconds())
 
     def _expect(self, lookout: Lookout, seconds: float) -> None:
         # All of them expect the same: apart enough that the first does it, and the others find nothing left.
@@ -137,9 +146,9 @@ class Attendance:
         while True:
             await asyncio.sleep(jittered(min(self._settings.rescue_every, sweep_every)))
             try:
-                await self._queue.expire()  # windows are of hours: seconds later is soon enough
-                rescued = await self._rescue()
                 sweep = time.monotonic() - swept_at >= sweep_every
+                self._orphans = self._orphans or sweep
+                rescued = await self._rescue()
                 if rescued or sweep:
                     await self._queue.claims.wake_held()
                 if sweep:
@@ -181,15 +190,37 @@ class Attendance:
                 log.warning("upkeep.count_failed", extra={"error": str(error)[:200]})
 
     async def _rescue(self) -> int:
+        silent = self._note_living(await self._registry.living())
         since = self._contact.since
         # Whoever was cut off itself cannot say who else is dead: an outage of the database kills nobody.
         if since is None or time.monotonic() - since < self._settings.dead_after:
             return 0
-        for owner in await self._registry.bury(self._settings.dead_after):
-            log.warning("worker.declared_dead", extra={"dead": owner})
-            await self._events.tell("worker.dead", self._name(), key=f"{owner}.dead", owner=owner)
+        if silent:
+            await self._bury()
+        if not self._orphans:
+            return 0
         rescued = await self._queue.rescue(self._registry.alive_ids)
+        self._orphans = False
         if rescued:
             log.warning("worker.rescued", extra={"jobs": rescued})
             self._woken()
         return rescued
+
+    def _note_living(self, beats: Mapping[str, Any]) -> bool:
+        """Note who lives, and whether somebody does no more; True if one of them seems to be silent.
+
+        By this process's own clock, which only saves a look: who is dead is decided by the server's.
+        """
+        now, before = time.monotonic(), self._seen
+        self._orphans = self._orphans or bool(before.keys() - beats.keys())
+        self._seen = {
+            owner: before[owner] if owner in before and before[owner][0] == beat else (beat, now)
+            for owner, beat in beats.items()
+        }
+        return any(now - since >= self._settings.dead_after / 2 for _, since in self._seen.values())
+
+    async def _bury(self) -> None:
+        for owner in await self._registry.bury(self._settings.dead_after):
+            self._orphans = True
+            log.warning("worker.declared_dead", extra={"dead": owner})
+            await self._events.tell("worker.dead", self._name(), key=f"{owner}.dead", owner=owner)

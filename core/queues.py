@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
-from typing import Literal
+from typing import Any, Literal
 
 from bson import ObjectId
 from bson.errors import BSONError
@@ -21,7 +21,7 @@ from pymongo.errors import ConnectionFailure, DocumentTooLarge, WriteError
 from core4 import chains, identifiers, jobs, transitions
 from core4.claims import Claims
 from core4.config import Settings
-from core4.database import Database, exactly, refuses_content
+from core4.database import Database, Document, exactly, refuses_content
 from core4.errors import Conflict, Core4Error, JobNotFound, LeaseLost, Unavailable
 from core4.jobs import Job, JobOrder, utcnow
 from core4.outbox import Outbox
@@ -377,10 +377,17 @@ class JobQueue:
 
     async def due_in(self, ahead: float) -> float | None:
         """Seconds until the first of those that wait for their time is due; None if none will be `ahead`."""
-        soon = {"query_at": {"$lte": utcnow() + timedelta(seconds=ahead)}}
-        found = self.store.queue.find(soon, {"query_at": 1}).sort("query_at", 1).limit(1)
+        return await self._first_in("query_at", {"$lte": utcnow() + timedelta(seconds=ahead)})
+
+    async def expires_in(self, ahead: float) -> float | None:
+        """Seconds until the first window of a deferred job has passed; None if none will have `ahead`."""
+        soon = {"$lte": utcnow() + timedelta(seconds=ahead), "$exists": True}
+        return await self._first_in("expires", soon, state=State.DEFERRED.value)
+
+    async def _first_in(self, field: str, soon: Document, **where: Any) -> float | None:
+        found = self.store.queue.find({**where, field: soon}, {field: 1}).sort(field, 1).limit(1)
         for row in await found.to_list(None):
-            return float((row["query_at"] - utcnow()).total_seconds())
+            return float((row[field] - utcnow()).total_seconds())
         return None
 
     async def expire(self, limit: int = 200) -> int:

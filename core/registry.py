@@ -180,6 +180,11 @@ class WorkerRegistry:
                 buried += [worker["_id"]] if await self._end(seen, "dead", why) else []
         return buried
 
+    async def living(self) -> dict[str, Any]:
+        """When each of those that have not ended has renewed last, by their ids."""
+        rows = await self._workers.find({"state": {"$in": LIVING}}, {"beat": 1}).to_list(None)
+        return {row["_id"]: row.get("beat") for row in rows}
+
     async def condemn(self, owner_id: str, why: str) -> bool:
         """Declare one dead that is known to be gone; False if it has ended already."""
         return await self._end({"_id": owner_id, "state": {"$in": LIVING}}, "dead", why)
