@@ -93,6 +93,8 @@ class EventStore:
         self._events = database.fast(EVENT)
         self._durable = database.collection(EVENT)
         self._collected: list[Document] = []
+        # Of each bucket of time the last one that counts were kept in, and the highest total of them.
+        self._kept: dict[str, tuple[datetime, int]] = {}
 
     async def prepare(self) -> None:
         """Make the indexes that are missing."""
@@ -212,6 +214,9 @@ class EventStore:
         # The finest comes last: that is where others look whether it has been done.
         for bucket in reversed(tuple(LIVES)):
             start = _start(bucket, now, every)
+            begun, highest = self._kept.get(bucket, (start, -1))
+            if begun == start and highest >= total:
+                continue  # an idle system counts the same again and again
             fields = {
                 "channel": COUNTS,
                 "bucket": bucket,
@@ -223,6 +228,7 @@ class EventStore:
                 await self._events.update_one(
                     {"_id": _count_key(bucket, start), "total": {"$lt": total}}, {"$set": fields}, upsert=True
                 )
+                self._kept[bucket] = start, total
             except DuplicateKeyError:
                 pass  # as many or more have been counted in this bucket
 
