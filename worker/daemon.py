@@ -44,6 +44,7 @@ from core4.worker.watch import Watch
 log = logging.getLogger(__name__)
 
 GATE_EVERY = 1.0  # seconds between two looks at the machine's load
+IDLE_BEATS = 6  # heartbeats for each look at what this worker holds while it should hold nothing
 RELOAD_EVERY = 1.0  # seconds between two looks at the job files
 SHORT_GRACE = 2.0  # seconds between TERM and KILL when the worker has to go
 LAST_WORDS = 5.0  # seconds for what is written at the very end
@@ -75,6 +76,7 @@ class Worker:
         self._look, self._launchable = asyncio.Event(), asyncio.Event()
         self._more = True  # jobs may have been left in line by the last look
         self._pinned = True  # there may be some for this worker alone
+        self._unsure = True  # the database may say that this worker holds jobs that it does not run
         self._slots = Slots(settings.slots or len(os.sched_getaffinity(0)) * 2, self._on_room)
         self._watch = Watch(backend, settings.poll)
         self._loaded = Loaded()
@@ -289,6 +291,7 @@ class Worker:
 
     async def _beat(self) -> None:
         """Renew what says that this worker lives, and with it all its leases."""
+        beats = 0  # since a look has found that it holds nothing
         while True:
             owner, sent = self.owner, time.monotonic()
             try:
@@ -309,7 +312,9 @@ class Worker:
                 await self._start_over(owner, "it was declared dead")
             elif owner is self.owner:
                 self._note_contact(sent)
-                self._look.set()
+                beats = 0 if self._unsure else beats + 1
+                if beats % IDLE_BEATS == 0:
+                    self._look.set()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._rouse.wait(), self._settings.heartbeat)
             self._rouse.clear()
@@ -372,7 +377,9 @@ class Worker:
                 await asyncio.sleep(_FIRST_PAUSE)
 
     async def _reconcile_once(self) -> None:
+        self._unsure = True
         held = {job.id: job for job in await self._backend.running(self.owner)}
+        self._unsure = bool(held)
         for job_id, execution in self._executions.items():
             if job_id not in held or not held[job_id].held_by(execution.lease_id):
                 # Taken away; or its end has just been recorded, then there is nothing to give up.
@@ -447,7 +454,7 @@ class Worker:
                     claimed = await self._claim_some()
                 pause = _FIRST_PAUSE
             except TROUBLE as error:
-                self._pinned = True
+                self._pinned = self._unsure = True  # it may have been done
                 log.warning("worker.claim_failed", extra={"error": str(error)[:200]})
                 await asyncio.sleep(pause)
                 pause = min(pause * 2, _LAST_PAUSE)
@@ -488,6 +495,7 @@ class Worker:
                 pinned=pinned,
                 controls=controls,
             )
+            self._unsure = self._unsure or bool(claimed)
             for job in claimed:
                 self._take(job)
         self._pinned = self._pinned or claimed.pinned

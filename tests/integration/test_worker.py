@@ -7,6 +7,7 @@ import itertools
 import os
 import re
 import signal
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -29,7 +30,7 @@ from core4.queues import JobQueue
 from core4.registry import WorkerRegistry
 from core4.states import FINAL, State
 from core4.worker import handle
-from core4.worker.daemon import Worker
+from core4.worker.daemon import IDLE_BEATS, Worker
 from core4.worker.direct import Direct
 from core4.worker.executor import Execution
 from core4.worker.handle import Launcher
@@ -711,6 +712,34 @@ async def test_jobs_come_in_order_and_a_higher_priority_first(house: House) -> N
 
     order = sorted(done, key=lambda job: job.started_at or job.document["enqueued"]["at"])
     assert [job.id for job in order] == [urgent, *ids]
+
+
+async def test_a_worker_that_holds_nothing_asks_seldom_what_it_holds(house: House) -> None:
+    """But it finds what a claim has taken for it whose reply it never saw."""
+    async with house.worker(heartbeat=0.05, dead_after=600.0, namespaces=("ELSEWHERE",)) as running:
+        backend, calls = running.worker._backend, Counter[str]()
+
+        def counted(name: str) -> None:
+            call = getattr(backend, name)
+
+            async def count(*args: Any, **named: Any) -> Any:
+                calls[name] += 1
+                return await call(*args, **named)
+
+            setattr(backend, name, count)
+
+        counted("beat")
+        counted("running")
+        await eventually_async(lambda: _at_least(calls, "beat", 4 * IDLE_BEATS), what="it has renewed often")
+        assert calls["running"] <= 6
+        job_id = await house.enqueue("answer", value=1)
+        await house.queue.claims.claim(running.worker.owner, namespaces=["DEFAULT"])
+        await house.reach(job_id, State.PENDING)
+    assert (await house.queue.store.get(job_id)).trial == 0
+
+
+async def _at_least(calls: Counter[str], name: str, most: int) -> bool:
+    return calls[name] >= most
 
 
 async def test_a_worker_that_was_declared_dead_gives_up_and_starts_over(house: House, tmp_path: Path) -> None:
