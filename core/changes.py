@@ -22,9 +22,10 @@ from core4.database import AWAIT, Database, history_lost
 
 log = logging.getLogger(__name__)
 
+SLACK = 1.0  # seconds that an answer on the stream may take longer than it has to
 POLL = 0.5  # seconds between two resyncs where the server has no change streams
 REOPEN = 60.0  # seconds until a refused change stream is tried again
-QUIET = 10  # pauses that pass between two looks without a hint while the feed is live
+QUIET = 20  # pauses that pass between two looks without a hint while the feed is live
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class ChangeFeed:
     @property
     def live(self) -> bool:
         """True while what changes is told at once; False as soon as the server is silent on the stream."""
-        return self._heard is not None and time.monotonic() - self._heard < 2 * AWAIT
+        return self._heard is not None and time.monotonic() - self._heard < AWAIT + SLACK
 
     def listen(self, callback: Listener) -> Callable[[], None]:
         """Call `callback` for every change from now on; returns what ends that."""

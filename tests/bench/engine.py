@@ -43,7 +43,7 @@ JOBS = ROOT / "tests/jobs/bench.py"
 SLOTS = 32  # of the worker: as many inline jobs as it may take at once
 CLAIMS, ENQUEUES = 20, 50  # per repetition
 SHALLOW, BULK = 100, 1_000
-QUIET = 10.0  # seconds for which an idle worker is looked at
+QUIET = 40.0  # seconds for which an idle worker is looked at: its sweeps are 30 s apart
 PATIENCE = 300.0  # seconds for one drain
 
 
