@@ -44,6 +44,7 @@ SLOTS = 32  # of the worker: as many inline jobs as it may take at once
 CLAIMS, ENQUEUES = 20, 50  # per repetition
 SHALLOW, BULK = 100, 1_000
 QUIET = 40.0  # seconds for which an idle worker is looked at: its sweeps are 30 s apart
+SETTLED = 10.0  # seconds after which a worker has looked at all that its last work, or its start, has stirred
 PATIENCE = 300.0  # seconds for one drain
 
 
@@ -278,6 +279,7 @@ class Engine:
 
     async def idle_calls(self) -> Document | None:
         """Database calls per second of a worker that has nothing to do; None if the server counts none."""
+        await asyncio.sleep(SETTLED)
         before = self._calls()
         if before is None:
             return None
