@@ -385,7 +385,9 @@ class Settings:
     )
     rescue_every: float = _seconds(5.0, "How often a worker looks for jobs of dead workers.", most=3600)
     poll: float = _seconds(
-        1.0, "How often a worker looks for work where changes are not announced; a twentieth of it else.", most=60
+        1.0,
+        "How often a worker looks for work where changes are not announced; a twentieth of it else.",
+        most=60,
     )
     grace: float = _seconds(10.0, "Time between SIGTERM and SIGKILL when a job is killed.", most=3600)
     drain: float = _seconds(30.0, "Time that running jobs get to end when a worker stops.", least=0)
