@@ -81,7 +81,7 @@ class JobQueue:
             if not order.dependencies
         }
         if documents:
-            jobs = await self.store.insert_many(list(documents.values()))
+            jobs = await self.store.add_many(list(documents.values()))
             found.update(zip(documents, jobs, strict=True))
             await self.outbox.settle_many([job for job in jobs if isinstance(job, Job)])
         for number, order in enumerate(orders):

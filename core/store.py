@@ -384,7 +384,7 @@ class JobStore:
                 return await self._inserted(document["_id"], error)
         raise Unavailable("the queue is busy with this job, try again")
 
-    async def insert_many(self, documents: Sequence[Document]) -> list[Job | Exception]:
+    async def add_many(self, documents: Sequence[Document]) -> list[Job | Exception]:
         """`insert` for several in one round trip; what stood in the way of a job stands in its place."""
         alone: set[ObjectId] = set()
         try:

@@ -210,6 +210,22 @@ def ending(kind: str) -> Step:
     return step
 
 
+async def copied_before(actor: Actor) -> None:
+    """Two jobs have ended, and somebody has copied an older revision of each to the journal."""
+    await several_started(actor)
+    with unsettled(actor.queue):
+        for each in actor.kept["jobs"][:2]:
+            await actor.finish(each)
+    for document in await actor.database.collection(QUEUE).find({"settle": True}).to_list(None):
+        older = {**document, "rev": document["rev"] - 1}
+        await actor.database.collection(JOURNAL).insert_one(older)
+
+
+async def settle_copied(actor: Actor) -> None:
+    rows = await actor.database.collection(QUEUE).find({"settle": True}).to_list(None)
+    await actor.queue.outbox.settle_many([Job.from_document(row) for row in rows])
+
+
 async def bury_self(actor: Actor) -> None:
     """The holder is dead for the others, though it is the one that acts."""
     await actor.registry.bury(-3600)
@@ -371,6 +387,8 @@ scenario("rescue-killing", rescue, after(started(), kill, restart, bury_self))
 scenario(
     "sweep-finished", lambda actor: actor.queue.outbox.sweep(), after(started(), _without_settling(finish))
 )
+scenario("sweep-over-an-older-copy", lambda actor: actor.queue.outbox.sweep(), copied_before)
+scenario("settle-several-over-older-copies", settle_copied, copied_before)
 scenario(
     "sweep-restarted",
     lambda actor: actor.queue.outbox.sweep(),

@@ -154,7 +154,7 @@ async def test_poison_and_rescue_are_told(
     ]
     (poison,) = (await events.page({"name": "job.poison"})).rows
     assert poison["data"]["worker"] == OWNER.worker
-    assert "3 workers were lost" in poison["data"]["reason"]
+    assert "3 of 3 times its worker was lost" in poison["data"]["reason"]
 
 
 # ---------------------------------------------------------------------- what is done otherwise
