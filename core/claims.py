@@ -28,8 +28,7 @@ from core4.store import QUEUE, JobStore, readable
 _NO_CONTROLS = Controls()
 PEEK = 64  # candidates read at once where the server cannot limit a scan
 WOKEN = 64  # jobs of a name read and woken at once
-# All that stand in line, wherever: named, the namespace leads a server to the index of the line.
-_LINE: Document = {"due": True, "namespace": {"$gte": ""}}
+END = 2**63 - 1  # no rank is above it
 
 
 class Claimed(list[Job]):
@@ -176,7 +175,7 @@ class Claims:
     async def _park_all(self, job: Job, held: str, **same: Any) -> None:
         """Take all out of the line that stand in it for the same: each would be claimed to be put aside."""
         pinned: Document = {"held": "worker", "worker": job.worker, "query_at": None}
-        line: Document = pinned if job.worker else _LINE
+        line: Document = pinned if job.worker else {"due": True}
         await self._store.queue.update_many(
             {**line, **same}, {"$set": {"held": held}, "$unset": {"due": 1}, "$inc": {"rev": 1}}
         )
@@ -209,14 +208,17 @@ class Claims:
     async def _peek_namespace(
         self, namespace: str, some: Document, count: int
     ) -> tuple[list[Document], bool]:
-        """The first in line. Where the server reads all that match, a bound on the rank keeps that few."""
+        """The first in line. Where the server reads all that match, a bound on the rank keeps that few.
+
+        There is always one: without, the embedded server finds no index for the line of one namespace.
+        """
         where: Document = {"due": True, "namespace": namespace, **some}
         if "rank" in some:  # bound already, and what it finds says nothing of the rest of the line
             return await self._first(where, count), True
         horizon = self._horizon.get(namespace)
         if horizon is not None and (found := await self._first({**where, "rank": {"$lt": horizon}}, count)):
             return found, True
-        found = await self._first(where, max(PEEK, count))
+        found = await self._first({**where, "rank": {"$lte": END}}, max(PEEK, count))
         longer = len(found) >= max(PEEK, count)
         if longer:
             self._horizon[namespace] = found[-1]["rank"] + 1
@@ -272,7 +274,7 @@ class Claims:
     async def park(self, name: str) -> int:
         """Take the jobs of a paused name out of the line, so that they are in nobody's way."""
         update: Document = {"$set": {"held": "paused"}, "$unset": {"due": 1}, "$inc": {"rev": 1}}
-        free = await self._store.queue.update_many({**_LINE, "name": name}, update)
+        free = await self._store.queue.update_many({"due": True, "name": name}, update)
         pinned = await self._store.queue.update_many(
             {"held": "worker", "query_at": None, "name": name}, update
         )

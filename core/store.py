@@ -54,8 +54,9 @@ _OF_FUNCTIONS = (
 
 INDEXES: Mapping[str, Sequence[IndexModel]] = {
     QUEUE: (
-        # Due is what is in it: the namespace comes first, so that each line is read from its beginning.
-        IndexModel([("namespace", 1), ("rank", 1)], name="line", partialFilterExpression={"due": True}),
+        IndexModel(
+            [("due", 1), ("namespace", 1), ("rank", 1)], name="claim", partialFilterExpression={"due": True}
+        ),
         IndexModel([("state", 1), ("rank", 1)], name="state"),
         IndexModel(
             [("unique_key", 1)],
