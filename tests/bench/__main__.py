@@ -83,6 +83,8 @@ def main() -> None:
     parser.add_argument("--peers", action="store_true", help="beside other job systems, too (--goal peer)")
     parser.add_argument("--json", type=Path, help="file for the numbers")
     options = parser.parse_args()
+    if options.drain < 40:
+        parser.error("--drain: fewer than 40 say nothing")
     # Else each fresh interpreter compiles the product again, which an installed one never does.
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     with ExitStack() as stack:
