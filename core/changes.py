@@ -152,8 +152,10 @@ class Lookout:
             # No longer than a pause: the feed may break off.
             until = min(now + pause, began + pauses * pause, self._expected or math.inf)
             self._stirred.clear()
+            # Not `wait_for`: in Python 3.11 it loses a cancellation that comes together with a hint.
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._stirred.wait(), until - now)
+                async with asyncio.timeout(until - now):
+                    await self._stirred.wait()
 
 
 def never() -> bool:

@@ -294,7 +294,8 @@ class JobManager(Inside):
                     raise TimeoutError(f"job [{job_id}] has not ended within {timeout:g} s")
                 changed.clear()
                 try:
-                    await asyncio.wait_for(changed.wait(), min(left, LOOK))
+                    async with asyncio.timeout(min(left, LOOK)):
+                        await changed.wait()
                 except TimeoutError:
                     continue
         return job

@@ -316,7 +316,8 @@ class Worker:
                 if beats % IDLE_BEATS == 0:
                     self._look.set()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._rouse.wait(), self._settings.heartbeat)
+                async with asyncio.timeout(self._settings.heartbeat):
+                    await self._rouse.wait()
             self._rouse.clear()
 
     def _note_contact(self, sent: float) -> None:

@@ -538,7 +538,8 @@ def _checked_end(message: Message) -> Message:
 async def _either(event: asyncio.Event, seconds: float) -> bool:
     """Wait for an event, `seconds` at most; True if it is set."""
     try:
-        await asyncio.wait_for(event.wait(), seconds)
+        async with asyncio.timeout(seconds):
+            await event.wait()
     except TimeoutError:
         return False
     return True

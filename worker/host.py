@@ -182,7 +182,8 @@ class Host:
                     free = asyncio.Event()
                     loop.add_writer(self._link, free.set)
                     try:
-                        await asyncio.wait_for(free.wait(), START_TIMEOUT)
+                        async with asyncio.timeout(START_TIMEOUT):
+                            await free.wait()
                     finally:
                         loop.remove_writer(self._link)
 

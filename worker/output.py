@@ -156,7 +156,8 @@ class JobLog:
             pause = max(stored_at + self._flush_every - time.monotonic(), GATHER)
             if not self._closing:
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._full.wait(), pause)
+                    async with asyncio.timeout(pause):
+                        await self._full.wait()
             stored_at = time.monotonic()
             while self._waiting:
                 await self._store_batch(self._take())

@@ -81,6 +81,22 @@ async def test_without_a_hint_after_a_pause(tells: Callable[[], bool], pauses: i
     assert second >= PAUSE * 0.75 * pauses
 
 
+async def test_an_end_that_comes_together_with_a_hint() -> None:
+    """Is not lost: whoever waits for the end of a part would wait for ever."""
+    lookout = Lookout(deaf, FAR)
+    for looks in range(20):
+        lookout.looking()
+        waiting = asyncio.create_task(lookout.wait())
+        for _ in range(looks % 5 + 1):
+            await asyncio.sleep(0)
+        lookout.hint()
+        for _ in range(looks % 4):
+            await asyncio.sleep(0)
+        if waiting.cancel():
+            await asyncio.wait({waiting})
+            assert waiting.cancelled()
+
+
 async def test_the_feed_breaks_off_meanwhile() -> None:
     """Then nobody would give a hint, and the pause is a short one again."""
     asked: list[bool] = []
