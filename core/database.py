@@ -32,7 +32,7 @@ DURABLE = WriteConcern(w="majority", j=True, wtimeout=10_000)
 FAST = WriteConcern(w=1)
 
 LANDING = 10.0  # seconds that are waited at the end for what is done beside
-AWAIT = 2.5  # seconds after which a server answers on a change stream that there was nothing
+AWAIT = 1.0  # seconds after which a server answers on a change stream that there was nothing
 GOING_DOWN = frozenset(
     {91, 189, 10107, 11600, 11602, 13435, 13436}
 )  # codes of a server that is being replaced
