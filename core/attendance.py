@@ -11,7 +11,7 @@ import logging
 import random
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from pymongo.errors import PyMongoError
 
@@ -47,6 +47,14 @@ class Contact:
         self.since = None
 
 
+class _Waiting(NamedTuple):
+    """A kind of what waits for its time: when to look, when the first is due (seconds), what wakes it."""
+
+    lookout: Lookout
+    due_in: Callable[[], Awaitable[float | None]]
+    wake: Callable[[], Awaitable[int]]
+
+
 class Attendance:
     """The chores of one process.
 
@@ -72,18 +80,17 @@ class Attendance:
         self._events = EventStore(database)
         self._due, self._rated = Lookout(live, settings.poll), Lookout(live, settings.poll)
         self._late = Lookout(live, settings.poll)
-        self._seen: dict[
-            str, tuple[Any, float]
-        ] = {}  # the last beat of each that lives, and since when it is
+        # The last beat of each that lives, and since when it is.
+        self._seen: dict[str, tuple[Any, float]] = {}
         self._orphans = True  # somebody may have left jobs behind
 
     def parts(self) -> list[Coroutine[Any, Any, None]]:
         """All of it, each to be run until cancelled; they survive outages of the database."""
         queue, ahead = self._queue, self._settings.poll * QUIET * 2
         return [
-            self._wake(self._due, lambda: queue.due_in(ahead), queue.promote),
-            self._wake(self._rated, queue.claims.rated_in, queue.claims.wake_rated),
-            self._wake(self._late, lambda: queue.expires_in(ahead), queue.expire),
+            self._wake(_Waiting(self._due, lambda: queue.due_in(ahead), queue.promote)),
+            self._wake(_Waiting(self._rated, queue.claims.rated_in, queue.claims.wake_rated)),
+            self._wake(_Waiting(self._late, lambda: queue.expires_in(ahead), queue.expire)),
             self._look_after(),
             self._count(),
         ]
@@ -105,37 +112,27 @@ class Attendance:
         # All of them expect the same: apart enough that the first does it, and the others find nothing left.
         lookout.expect(seconds + random.uniform(0, self._settings.poll / 2))
 
-    async def _wake(
-        self,
-        lookout: Lookout,
-        due_in: Callable[[], Awaitable[float | None]],
-        wake: Callable[[], Awaitable[int]],
-    ) -> None:
+    async def _wake(self, kind: _Waiting) -> None:
         """Wake what has waited long enough, of one kind."""
         while True:
-            lookout.looking()
+            kind.lookout.looking()
             try:
-                await self._wake_due(lookout, due_in, wake)
+                await self._wake_due(kind)
             except TROUBLE as error:
                 self._trouble(error)
-                lookout.expect(jittered(1.0))
-            await lookout.wait()
+                kind.lookout.expect(jittered(1.0))
+            await kind.lookout.wait()
 
-    async def _wake_due(
-        self,
-        lookout: Lookout,
-        due_in: Callable[[], Awaitable[float | None]],
-        wake: Callable[[], Awaitable[int]],
-    ) -> None:
+    async def _wake_due(self, kind: _Waiting) -> None:
         """Wake what is due; what will be before the next look is expected."""
-        woken, seconds = 0, await due_in()
+        woken, seconds = 0, await kind.due_in()
         if seconds is not None and seconds <= 0:
-            woken, seconds = await wake(), await due_in()
+            woken, seconds = await kind.wake(), await kind.due_in()
             if seconds is not None and not woken:
                 # Somebody else does it; or it is there by hand, and cannot be woken.
                 seconds = max(seconds, self._settings.poll)
         if seconds is not None:
-            self._expect(lookout, seconds)
+            self._expect(kind.lookout, seconds)
         if woken:
             self._woken()
 
