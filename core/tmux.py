@@ -35,7 +35,7 @@ WANTED = "@core4_workers"  # option of the server: the number of workers, or one
 STOP, NOW = "stop", "now"
 LOOK = 0.1  # seconds between two looks at a server that ends
 _LAUNCH = re.compile(rf"{PREFIX}WORKER_LAUNCH=([A-Za-z0-9._-]+)")
-_PANE = ("pane_pid", "pane_dead", "pane_dead_status", "pane_dead_signal", "pane_start_command")
+_PANE = ("window_id", "pane_pid", "pane_dead", "pane_dead_status", "pane_dead_signal", "pane_start_command")
 _FORMAT = "\t".join(f"#{{{name}}}" for name in ("window_name", *_PANE))
 
 
@@ -49,7 +49,7 @@ class Window:
     """One window with a worker, as a line of `tmux list-windows` shows it."""
 
     def __init__(self, line: str) -> None:
-        self.name, pid, dead, status, signal, command = line.split("\t", 5)
+        self.name, self.id, pid, dead, status, signal, command = line.split("\t", 6)
         self.pid, self.dead = int(pid), dead == "1"
         found = _LAUNCH.search(command)
         self.launch = found[1] if found else ""
@@ -153,7 +153,8 @@ class Windows:
         return [window.launch for window in self.all() if not window.dead]
 
     def start(self, launch: str) -> None:
-        taken = {window.name for window in self.all()}
+        # The name of a worker that has ended is free, though its window may not be closed yet.
+        taken = {window.name for window in self.all() if not window.dead}
         nr = next(nr for nr in range(1, len(taken) + 2) if f"w{nr}" not in taken)
         own = {"WORKER_TYPE": "tmux", "WORKER_NR": str(nr), "WORKER_LAUNCH": launch}
         words = ["env", *(f"{PREFIX}{name}={value}" for name, value in own.items())]
@@ -166,7 +167,7 @@ class Windows:
         gone = {window.launch: window.how for window in windows if window.ended}
         for window in windows:
             if window.ended:
-                self._run("kill-window", "-t", f"{SESSION}:{window.name}")
+                self._run("kill-window", "-t", window.id)
         there = {window.launch for window in windows}
         gone |= dict.fromkeys(self._known - there, "its window was closed")
         self._known = there - set(gone)

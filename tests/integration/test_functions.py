@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -860,8 +861,9 @@ async def test_results_that_are_no_json_any_more_can_be_looked_at(site: Site) ->
     reference, infinite = await site.do(begin)
     journal = site.house.queue.store.journal
     for job, result in ((reference, DBRef("x", 1)), (infinite, [float("inf")])):
-        changed = await journal.update_one({"_id": ObjectId(job.id)}, {"$set": {"result": result}})
-        assert changed.modified_count == 1
+        change = {"$set": {"result": result}}
+        moved = partial(journal.find_one_and_update, {"_id": ObjectId(job.id)}, change)
+        await eventually_async(moved, what="it is in the journal")
 
     def look(functions: Functions) -> None:
         functions.look([reference, infinite])

@@ -201,7 +201,8 @@ async def test_a_wait_outlives_an_outage_of_the_database(
     cut_off = House(far, house.settings, house.queue, house.logs, house.registry)
     async with cut_off.worker(CALLING, namespaces=SPACES, slots=1):
         caller = await Floor(house, tmp_path).submit("CALL:calls_waits", gate=str(gate))
-        await running_child(house, caller)
+        # Until its worker knows that both are recorded as started: it would have to ask again.
+        await eventually_async(_true(lambda: caplog.text.count("job.started") == 2), what="both run")
         await wire.cut()
         gate.write_text("meanwhile")
         await eventually_async(_true(lambda: "job.ended" in caplog.text), what="it ends, and nobody is told")

@@ -133,6 +133,22 @@ async def test_windows_are_kept_up(
     assert core4(environ, "tmux", "stop", "--now").returncode == 0
 
 
+async def test_the_name_of_one_that_has_ended_is_given_again(environ: Mapping[str, str]) -> None:
+    """Though its window is not closed yet: a supervisor that comes back starts others before it clears up."""
+    windows = Windows(Path(environ["CORE4_HOME"]))
+    session = ["new-session", "-d", "-s", "core4", "-n", SUPERVISOR, "cat", ";"]
+    keep = ["set-option", "-g", "remain-on-exit", "on"]
+    subprocess.run(["tmux", "-L", windows.socket, "-f", os.devnull, *session, *keep], check=True)
+    windows.start("first")  # there is no file with its settings: it ends at once
+    eventually(lambda: windows.all()[0].ended, what="it has ended")
+    windows.start("second")
+    names = [window.name for window in windows.all()]
+
+    assert names == ["w1", "w1"]
+    assert windows.ended()["first"] == "exit code 2"
+    assert "first" not in [window.launch for window in windows.all()]
+
+
 async def test_one_looks_at_a_window(environ: Mapping[str, str]) -> None:
     """`attach` shows it in this terminal; of one that is not there it says so."""
     core4(environ, "worker", LEDGER, "--tmux", "1")
