@@ -21,13 +21,12 @@ PAUSE = 0.3  # seconds between two tries
 
 
 class Post(threading.Thread):
-    """Sends messages until each is confirmed, and disturbs their broker meanwhile."""
+    """Starts a broker, sends messages until each is confirmed, and disturbs the broker meanwhile."""
 
     def __init__(self, home: Path, messages: int, history: History, ledger: str) -> None:
         super().__init__(daemon=True)
         self._messages, self._history, self._ledger = messages, history, ledger
         self.rabbit = Rabbit(home / "rabbit")
-        self.rabbit.start()
         self._cutter = Cutter(self.rabbit.port)
         self.url = f"amqp://guest:guest@127.0.0.1:{self._cutter.port}/"
         self.ids = [f"m{number}" for number in range(messages)]
@@ -37,6 +36,7 @@ class Post(threading.Thread):
 
     def run(self) -> None:
         try:
+            self.rabbit.start()
             asyncio.run(self._send_all())
         except BaseException as error:  # shown by the run
             self.failure = error

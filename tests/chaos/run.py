@@ -97,11 +97,11 @@ class Chaos:
     def run(self) -> Verdict:
         """Everything, to the verdict."""
         try:
+            if self.post:
+                self.post.start()  # a broker needs longer than everything else
             asyncio.run(self._add_user())
             self._start()
             self.fires.begin()
-            if self.post:
-                self.post.start()
             clients, readers = self._clients()
             self._rage(clients)
             self._heal(clients, readers)
