@@ -23,6 +23,7 @@ from core4.database import AWAIT, Database, history_lost
 log = logging.getLogger(__name__)
 
 SLACK = 1.0  # seconds that an answer on the stream may take longer than it has to
+GAP = 0.02  # seconds after a change in which more may gather: an answer costs a server as much as a write
 POLL = 0.5  # seconds between two resyncs where the server has no change streams
 REOPEN = 60.0  # seconds until a refused change stream is tried again
 QUIET = 20  # pauses that pass between two looks without a hint while the feed is live
@@ -68,14 +69,16 @@ class ChangeFeed:
     async def run(self) -> None:
         """Read until cancelled; survives outages of the database and lost history."""
         while True:
+            began = time.monotonic()
             try:
                 await self._stream()
-            except OperationFailure as error:
-                await self._refused(error)
             except PyMongoError as error:
-                self._heard = None
+                was_open, self._heard = self._heard is not None, None
+                if isinstance(error, OperationFailure) and (history_lost(error) or not was_open):
+                    await self._refused(error)
+                    continue
                 log.warning("changes.interrupted", extra={"error": str(error)[:200]})
-                await asyncio.sleep(POLL)
+                await asyncio.sleep(max(0.0, began + POLL - time.monotonic()))
 
     async def _stream(self) -> None:
         async with self._database.watch(self._collections, self._token) as stream:
@@ -83,13 +86,15 @@ class ChangeFeed:
             self._tell(Change("resync"))
             while True:
                 self._heard = time.monotonic()
-                document = await stream.next()
+                changes = await stream.next()
                 self._token = stream.resume_token
-                if document is not None:
-                    self._tell(_change(document))
+                for change in changes:
+                    self._tell(_change(change))
+                if changes:
+                    await asyncio.sleep(GAP)
 
     async def _refused(self, error: OperationFailure) -> None:
-        self._token = self._heard = None
+        self._token = None
         if history_lost(error):
             return
         log.warning("changes.polling", extra={"error": str(error)[:200], "retry_in": REOPEN})

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, Self
 
 # Each open change stream keeps one of motor's threads; its default of 5 per core starves the rest.
@@ -32,10 +33,11 @@ DURABLE = WriteConcern(w="majority", j=True, wtimeout=10_000)
 FAST = WriteConcern(w=1)
 
 LANDING = 10.0  # seconds that are waited at the end for what is done beside
-AWAIT = 1.0  # seconds after which a server answers on a change stream that there was nothing
+AWAIT = 2.0  # seconds after which a server answers on a change stream that there was nothing
 GOING_DOWN = frozenset(
     {91, 189, 10107, 11600, 11602, 13435, 13436}
 )  # codes of a server that is being replaced
+_ENDED = 260  # code of a resume token after which there is nothing
 DUPLICATE = 11000  # code of a key that is there already
 _BUSY = frozenset(
     {24, 50, 112, 262, 11601, 14031}
@@ -192,19 +194,31 @@ class Database:
     @asynccontextmanager
     async def watch(
         self, collections: Sequence[str], resume_token: Mapping[str, Any] | None
-    ) -> AsyncIterator[Any]:
+    ) -> AsyncIterator[ChangeStream]:
         """A change stream over `collections`, after `resume_token` if there is one.
 
         Raises: OperationFailure where the server has no change streams or has lost the history.
         """
-        pipeline = [{"$match": {"ns.coll": {"$in": list(collections)}}}]
-        stream = self._database.watch(
-            pipeline, resume_after=resume_token, max_await_time_ms=int(AWAIT * 1000)
-        )
-        async with stream:
-            # motor opens the stream lazily: ask once, so that a refusal comes from here.
-            first = await stream.try_next()
-            yield _Stream(stream, first)
+        after = {"resumeAfter": resume_token} if resume_token else {}
+        wanted = {"ns.coll": {"$in": list(collections)}}
+        # By hand: motor's stream hands over one change at a time, does not tell when it has no more of them
+        # in store, and answers a first time only when something has changed.
+        async with await self._client.start_session(causal_consistency=False) as session:
+            command = partial(
+                self._database.command, session=session, codec_options=self._database.codec_options
+            )
+            opened = await command(
+                "aggregate",
+                1,
+                pipeline=[{"$changeStream": after}, {"$match": wanted}],
+                cursor={},
+                readConcern={"level": "majority"},
+            )
+            stream = ChangeStream(command, opened["cursor"], resume_token)
+            try:
+                yield stream
+            finally:
+                await stream.close()
 
     async def close(self) -> None:
         """Finish what is done beside, then give the connections back."""
@@ -212,29 +226,50 @@ class Database:
         self._client.close()
 
 
-class _Stream:
-    """The changes of one stream: the one read while opening it, then the rest."""
+class ChangeStream:
+    """An open change stream; see `Database.watch`."""
 
-    def __init__(self, stream: Any, first: Mapping[str, Any] | None) -> None:
-        self._stream, self._first = stream, first
+    def __init__(
+        self,
+        command: Callable[..., Awaitable[Document]],
+        cursor: Document,
+        resume_token: Mapping[str, Any] | None,
+    ) -> None:
+        self._command = command
+        self._id, self._collection = cursor["id"], cursor["ns"].partition(".")[2]
+        self._changes: list[Document] = cursor["firstBatch"]
+        self.resume_token: Mapping[str, Any] | None = cursor.get("postBatchResumeToken") or resume_token
 
-    @property
-    def resume_token(self) -> Mapping[str, Any] | None:
-        token: Mapping[str, Any] | None = self._stream.resume_token
-        return token
+    async def next(self) -> Sequence[Mapping[str, Any]]:
+        """The changes since the last call; none if there were none for `AWAIT` seconds.
 
-    async def next(self) -> Mapping[str, Any] | None:
-        """The next change; None after `AWAIT` seconds without one."""
-        if self._first is not None:
-            first, self._first = self._first, None
-            return first
-        change: Mapping[str, Any] | None = await self._stream.try_next()
-        return change
+        Raises: OperationFailure at the end of the stream, too.
+        """
+        if not self._changes:
+            await self._read()
+        changes, self._changes = self._changes, []
+        return changes
+
+    async def _read(self) -> None:
+        if not self._id:
+            raise OperationFailure("the change stream has ended", _ENDED)
+        more = await self._command(
+            "getMore", self._id, collection=self._collection, maxTimeMS=int(AWAIT * 1000)
+        )
+        self._id, self._changes = more["cursor"]["id"], more["cursor"]["nextBatch"]
+        last = self._changes[-1]["_id"] if self._changes else self.resume_token
+        self.resume_token = more["cursor"].get("postBatchResumeToken") or last
+
+    async def close(self) -> None:
+        """Give the cursor back; the server forgets it sooner or later anyway."""
+        if self._id:
+            with suppress(PyMongoError):
+                await self._command("killCursors", self._collection, cursors=[self._id])
 
 
 def history_lost(error: OperationFailure) -> bool:
     """True if a change stream cannot go on from its token, but a new one can be opened."""
-    return error.code in {260, 280, 286}
+    return error.code in {_ENDED, 280, 286}
 
 
 def only_duplicates(error: BulkWriteError) -> bool:

@@ -842,8 +842,9 @@ class Wire:
         task = asyncio.current_task()
         assert task is not None
         self._tasks.add(task)
+        self._ends.add(writer)  # at once: it may be broken off before it leads anywhere
         there, back = await asyncio.open_connection(*self._target)
-        self._ends |= {writer, back}
+        self._ends.add(back)
         with suppress(ConnectionError):
             await asyncio.gather(self._copy(reader, back), self._copy(there, writer))
         self._ends -= {writer, back}
