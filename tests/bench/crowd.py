@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import os
 import platform
 import statistics
@@ -41,7 +42,7 @@ from core4.database import AWAIT, Database
 from core4.embedded import EmbeddedServer
 from core4.jobs import Job, JobOrder, Kind, Owner
 from core4.queues import JobQueue
-from core4.registry import WorkerRegistry
+from core4.registry import WORKER, WorkerRegistry
 from core4.retries import Outcome
 from core4.store import QUEUE
 from tests.bench.__main__ import server_of
@@ -50,6 +51,8 @@ Document = dict[str, Any]
 T = TypeVar("T")
 NAME, NAMESPACE = "bench.Sleep", "CROWD"
 SLOTS = 4
+ALL_LOOK = 25.0  # workers that the server has looking in a second
+LIMITS = changes.FEW, attendance.CROWD
 EVERYBODY = 10**9  # a crowd that is none yet
 STARTERS = 4  # workers that register at the same time
 PATIENT = 60.0  # seconds that the driver waits for a busy server before it takes it for dead
@@ -64,14 +67,16 @@ class Tally(monitoring.CommandListener):
         self._counts: Counter[str] = Counter()
 
     def started(self, event: monitoring.CommandStartedEvent) -> None:
+        shared = event.command.get("collection") == "$cmd.aggregate"  # the stream
         with self._lock:
-            self._counts[event.command_name] += 1
+            self._counts["stream" if shared else event.command_name] += 1
 
     def succeeded(self, event: monitoring.CommandSucceededEvent) -> None:
-        found = len(event.reply.get("cursor", {}).get("firstBatch", ()))
+        cursor = event.reply.get("cursor", {})
+        rows = cursor.get("firstBatch", cursor.get("nextBatch", ()))
         lost = event.command_name == "update" and not event.reply.get("n")
         with self._lock:
-            self._counts["documents"] += found
+            self._counts["living"] += len(rows) if cursor.get("ns", "").endswith(WORKER) else 0
             self._counts["lost"] += lost
 
     def failed(self, event: monitoring.CommandFailedEvent) -> None:
@@ -82,7 +87,7 @@ class Tally(monitoring.CommandListener):
         """A copy of what there is so far; `commands` without the shared stream's."""
         with self._lock:
             counts = Counter(self._counts)
-        told = {"documents", "lost", "failed", "getMore"}
+        told = {"living", "lost", "failed", "stream"}
         counts["commands"] = sum(number for name, number in counts.items() if name not in told)
         return counts
 
@@ -162,6 +167,7 @@ class Member:
         self.hall.ran[job.id] += 1
         await asyncio.sleep(self.hall.length)
         await self.hall.insist(lambda: self.queue.finish(started, Outcome.complete(None), log_seq=0))
+        self.hall.done.add(job.id)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self.running.discard(task)
@@ -180,6 +186,7 @@ class Hall:
         self.members: list[Member] = []
         self.tasks: list[asyncio.Task[None]] = []
         self.ran: Counter[ObjectId] = Counter()  # how often each job has run
+        self.done: set[ObjectId] = set()
         self.looks: Counter[str] = Counter()
         self.looking = 0  # looks under way
         self.failures: list[BaseException] = []
@@ -241,12 +248,12 @@ class Hall:
             raise self.failures[0]
 
     async def idle(self, seconds: float) -> Document:
-        """Commands and documents a second that the whole crowd asks for while there is nothing to do."""
+        """Commands, and documents of workers, a second that all ask for while there is nothing to do."""
         before = self.tally.counts()
         await asyncio.sleep(seconds)
         counts = self.tally.counts() - before
         self.check()
-        return {"commands": counts["commands"] / seconds, "documents": counts["documents"] / seconds}
+        return {"commands": counts["commands"] / seconds, "living": counts["living"] / seconds}
 
     async def work(self, jobs: int, rate: float) -> Document:
         """Enqueue so many at so many a second, and what that made everybody do until all is quiet again."""
@@ -259,8 +266,8 @@ class Hall:
             )
             ids.append((await self.queue.enqueue(order)).id)
         async with asyncio.timeout(PATIENCE):
-            while await self.queue.store.journal.count_documents({"_id": {"$in": ids}}) < jobs:
-                await asyncio.sleep(0.5)
+            while not self.done.issuperset(ids):
+                await asyncio.sleep(0.1)
                 self.check()
         await self.settled()
         took = time.monotonic() - began
@@ -288,7 +295,7 @@ class Hall:
 
 async def measure(url: str, tally: Tally, workers: int, herd: bool, options: argparse.Namespace) -> Document:
     """One crowd; with or without herd control."""
-    changes.FEW, attendance.CROWD = (EVERYBODY, EVERYBODY) if not herd else (4, 40)
+    changes.FEW, attendance.CROWD = LIMITS if herd else (EVERYBODY, EVERYBODY)
     slow = max(1.0, workers / options.bearable)
     settings = Settings.load(
         environ={},
@@ -298,8 +305,9 @@ async def measure(url: str, tally: Tally, workers: int, herd: bool, options: arg
         poll=min(slow, 60.0),
         count_every=min(20 * slow, 3600.0),
     )
-    rate = options.rate if herd or workers <= changes_few() else min(options.rate, options.bearable / workers)
-    jobs = max(5, round(options.jobs * rate / options.rate))
+    # Without, each job makes all of them look: they shall have done so before the next comes.
+    rate = options.rate or (2.0 if herd else min(2.0, ALL_LOOK / workers))
+    jobs = options.jobs or max(5, round(30 * rate))
     database = await Database.connect(url, f"crowd_{uuid.uuid4().hex[:8]}", timeout=PATIENT)
     hall = Hall(database, settings, tally, options.length)
     try:
@@ -309,27 +317,23 @@ async def measure(url: str, tally: Tally, workers: int, herd: bool, options: arg
         print(f"{workers} workers, herd {herd}: up in {up - began:.0f} s", flush=True)
         found = await hall.work(jobs, rate)
         print(f"  {jobs} jobs in {found['seconds']:.0f} s: {found['commands']} commands", flush=True)
-        # The first looks of all at one another come together, with their first pause.
-        await asyncio.sleep(max(0.0, up + 6.25 * slow - time.monotonic()))
-        idle = await hall.idle(options.idle)
+        idle: Document = {}
+        if options.idle:
+            # All begin with a pause of the same length.
+            await asyncio.sleep(max(0.0, up + 6.25 * slow - time.monotonic()))
+            idle = await hall.idle(options.idle)
     finally:
         await hall.end()
-    commands = found["commands"] - idle["commands"] * found["seconds"]
     return {
         "workers": workers,
         "herd": herd,
         "slower": slow,
         "rate": rate,
         **found,
-        "per_job": commands / jobs,
-        "idle": idle["commands"] / workers * slow,
-        "documents": idle["documents"] * slow,
+        "per_job": found["commands"] / jobs,
+        "idle": idle["commands"] / workers * slow if idle else math.nan,
+        "living": idle["living"] * slow if idle else math.nan,
     }
-
-
-def changes_few() -> int:
-    """Up to how many workers nothing is different."""
-    return 4
 
 
 def table(rows: Sequence[Document]) -> str:
@@ -342,11 +346,12 @@ def table(rows: Sequence[Document]) -> str:
             f"{row['workers']:7} {'on' if row['herd'] else 'off':4}{row['jobs']:6}{row['per_job']:14.1f}"
             f"{row['looks']:7.1f}{row['empty']:7.1f}{row['lost']:7.1f}{row['p50_s']:8.2f}{row['p95_s']:8.2f}"
             f"{row['max_s']:8.2f}  {'yes' if row['once'] else 'NO':4}{row['idle']:8.2f}"
-            f"{row['documents']:8.0f}"
+            f"{row['living']:8.0f}"
         )
     lines.append(
-        "looks, empty, lost: per job; idle: commands a second of one worker without its change stream, and "
-        "documents that all read a second, as if at the default settings"
+        "commands/job: all that were made meanwhile; looks, empty, lost: per job\n"
+        "idle/s: commands of one worker without its change stream, docs/s: of living workers, read by all;\n"
+        "both as if at the default settings"
     )
     return "\n".join(lines)
 
@@ -356,10 +361,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.crowd", description=__doc__)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 10, 100, 1000])
     parser.add_argument("--herd", choices=["on", "off"], nargs="+", default=["on", "off"])
-    parser.add_argument("--jobs", type=int, default=60, help="fewer where the rate is lower (default: 60)")
-    parser.add_argument("--rate", type=float, default=2.0, help="jobs a second (default: 2)")
+    parser.add_argument("--jobs", type=int, help="default: as many as come in 30 s, 5 at least")
+    parser.add_argument("--rate", type=float, help="jobs a second (default: 2; less where all look)")
     parser.add_argument("--length", type=float, default=0.2, help="seconds that a job takes (default: 0.2)")
-    parser.add_argument("--idle", type=float, default=60.0, help="seconds of looking at idle workers")
+    parser.add_argument("--idle", type=float, default=60.0, help="seconds without a job; 0: none")
     parser.add_argument(
         "--bearable",
         type=float,
