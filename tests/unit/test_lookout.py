@@ -29,7 +29,8 @@ def deaf() -> bool:
 async def looks_within(lookout: Lookout, seconds: float) -> bool:
     """Whether the next look comes within that time."""
     try:
-        await asyncio.wait_for(lookout.wait(), seconds)
+        async with asyncio.timeout(seconds):
+            await lookout.wait()
     except TimeoutError:
         return False
     return True
