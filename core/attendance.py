@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import random
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+import uuid
+from collections import Counter
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, NamedTuple
 
 from pymongo.errors import PyMongoError
 
-from core4.changes import QUIET, Change, Lookout, jittered
+from core4.changes import QUIET, Change, Lookout, jittered, turn
 from core4.config import Settings
 from core4.controls import ControlStore
-from core4.database import Database
+from core4.database import Database, Document
 from core4.errors import Unavailable
 from core4.events import EventStore
 from core4.jobs import utcnow
@@ -29,6 +32,8 @@ log = logging.getLogger(__name__)
 
 TROUBLE = (PyMongoError, Unavailable, TimeoutError)  # what a later try may not meet any more
 SWEEP_EVERY = 10.0  # seconds between two looks for half-done moves, at least
+CROWD = 40  # up to as many look at all that live, and sweep, each at its own pace; more as often as these
+HELPERS = 8  # of a larger crowd do about so many what anybody may do once its time has come
 
 
 class Contact:
@@ -82,6 +87,9 @@ class Attendance:
         self._late = Lookout(live, settings.poll)
         # The last beat of each that lives, and since when it is.
         self._seen: dict[str, tuple[Any, float]] = {}
+        self._serving: Counter[str] = Counter()  # how many of them serve a namespace
+        self._noted_at = -math.inf  # when they were looked at
+        self._id = uuid.uuid4().hex
         self._orphans = True  # somebody may have left jobs behind
 
     def parts(self) -> list[Coroutine[Any, Any, None]]:
@@ -95,13 +103,17 @@ class Attendance:
             self._count(),
         ]
 
+    def crowd(self, namespace: str | None) -> int:
+        """How many lived at the last look that serve a namespace, or in all if none is known to; 0 before."""
+        return (namespace and self._serving[namespace]) or len(self._seen)
+
     def hear(self, change: Change) -> None:
         """A change that may say that something will be due, and when."""
         if change.kind == "resync":
             self._due.hint()
             self._rated.hint()
             self._late.hint()
-        if "wake_at" in change.fields:
+        if "wake_at" in change.fields and self._helps(change.fields["wake_at"]):
             self._rated.hint()
         if (due := change.fields.get("query_at")) is not None:
             self._expect(self._due, (due - utcnow()).total_seconds())
@@ -109,8 +121,20 @@ class Attendance:
             self._expect(self._late, (end - utcnow()).total_seconds())
 
     def _expect(self, lookout: Lookout, seconds: float) -> None:
-        # All of them expect the same: apart enough that the first does it, and the others find nothing left.
-        lookout.expect(seconds + random.uniform(0, self._settings.poll / 2))
+        # What nobody has done in time is anybody's. Those that help expect the same: apart enough that the
+        # first does it, and the others find nothing left.
+        if seconds <= 0 or self._helps(round(time.time() + seconds)):
+            lookout.expect(seconds + random.uniform(0, self._settings.poll / 2))
+
+    def _helps(self, key: Any) -> bool:
+        """True if this is one of those of a crowd that do a thing; one look of any, or a sweep, makes up for
+        the case that none of them is left.
+        """
+        return turn(key, self._id, len(self._seen), HELPERS) == 0
+
+    def _slower(self, seconds: float) -> float:
+        """How often one of a crowd has to do what as many as `CROWD` would do every so many seconds."""
+        return seconds * max(1.0, len(self._seen) / CROWD)
 
     async def _wake(self, kind: _Waiting) -> None:
         """Wake what has waited long enough, of one kind."""
@@ -141,9 +165,9 @@ class Attendance:
         # Only the dead leave something: it may take as long as to find them dead.
         swept_at, sweep_every = time.monotonic(), max(SWEEP_EVERY, self._settings.dead_after)
         while True:
-            await asyncio.sleep(jittered(min(self._settings.rescue_every, sweep_every)))
+            await asyncio.sleep(jittered(self._rescue_every))
             try:
-                sweep = time.monotonic() - swept_at >= sweep_every
+                sweep = time.monotonic() - swept_at >= self._slower(sweep_every)
                 self._orphans = self._orphans or sweep
                 rescued = await self._rescue()
                 if rescued or sweep:
@@ -179,6 +203,8 @@ class Attendance:
         every = self._settings.count_every
         while True:
             await asyncio.sleep(jittered(every))
+            if not self._helps(int(time.time() / every)):
+                continue
             try:
                 now = await self._database.server_time()
                 if not await self._events.counted(now, every):
@@ -186,8 +212,20 @@ class Attendance:
             except TROUBLE as error:
                 log.warning("upkeep.count_failed", extra={"error": str(error)[:200]})
 
+    @property
+    def _rescue_every(self) -> float:
+        """Seconds between two looks for the dead.
+
+        Seldom enough for a crowd, but often enough for each of it: it may be the last that is left.
+        """
+        pace = min(self._settings.rescue_every, max(SWEEP_EVERY, self._settings.dead_after))
+        return max(pace, min(self._slower(pace), self._settings.dead_after / 3))
+
     async def _rescue(self) -> int:
-        silent = self._note_living(await self._registry.living())
+        # Each of a crowd reads the others seldom, and asks the server in between who is silent: that are few.
+        silent = len(self._seen) > CROWD and not self._is_stale()
+        if not silent:
+            silent = self._note_living(await self._registry.living())
         since = self._contact.since
         # Whoever was cut off itself cannot say who else is dead: an outage of the database kills nobody.
         if since is None or time.monotonic() - since < self._settings.dead_after:
@@ -203,12 +241,18 @@ class Attendance:
             self._woken()
         return rescued
 
-    def _note_living(self, beats: Mapping[str, Any]) -> bool:
+    def _is_stale(self) -> bool:
+        """True if one of a crowd has to look at all that live again."""
+        return time.monotonic() - self._noted_at >= self._slower(self._settings.rescue_every)
+
+    def _note_living(self, rows: Sequence[Document]) -> bool:
         """Note who lives, and whether somebody does no more; True if one of them seems to be silent.
 
         By this process's own clock, which only saves a look: who is dead is decided by the server's.
         """
-        now, before = time.monotonic(), self._seen
+        now, before, beats = time.monotonic(), self._seen, {row["_id"]: row.get("beat") for row in rows}
+        self._noted_at = now
+        self._serving = Counter(name for row in rows for name in row.get("namespaces") or ())
         self._orphans = self._orphans or bool(before.keys() - beats.keys())
         self._seen = {
             owner: before[owner] if owner in before and before[owner][0] == beat else (beat, now)
@@ -218,6 +262,6 @@ class Attendance:
 
     async def _bury(self) -> None:
         for owner in await self._registry.bury(self._settings.dead_after):
-            self._orphans = True
+            self._orphans, self._noted_at = True, -math.inf  # there may be far fewer now
             log.warning("worker.declared_dead", extra={"dead": owner})
             await self._events.tell("worker.dead", self._name(), key=f"{owner}.dead", owner=owner)

@@ -7,6 +7,7 @@ read by query, so a lost or doubled hint costs a moment, never a job or a line.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import math
 import random
@@ -27,6 +28,11 @@ GAP = 0.02  # seconds after a change in which more may gather: an answer costs a
 POLL = 0.5  # seconds between two resyncs where the server has no change streams
 REOPEN = 60.0  # seconds until a refused change stream is tried again
 QUIET = 20  # pauses that pass between two looks without a hint while the feed is live
+FEW = 4  # as many look at once at all that they are told of
+FIRST = 3  # of a larger crowd, about as many do
+WAVE = 0.25  # seconds until twice as many look, at least: as long as a look and word of it may take
+SLOWEST = 5.0  # the same, at most
+HEARD = 1000  # that a lookout waits with, at most: then it looks
 
 
 @dataclass(frozen=True)
@@ -120,6 +126,8 @@ class Lookout:
     Args:
         live: whether all is told just now, see `ChangeFeed.live`.
         pause: seconds, about.
+
+    Whoever is one of many waits with a hint until it is his turn, and forgets it if others were faster.
     """
 
     def __init__(self, live: Callable[[], bool], pause: float) -> None:
@@ -127,12 +135,28 @@ class Lookout:
         self._hinted = True
         self.quiet = False  # the last look came without a hint, or has seen that no other is needed soon
         self._expected: float | None = None
+        self._heard: dict[Any, float] = {}  # what there may be, and when it is this one's turn
+        self._began, self._wave = time.monotonic(), WAVE  # of the last look; see `hint_of`
+        self._until = -math.inf  # what `wait` waits for now
         self._stirred = asyncio.Event()
 
     def hint(self) -> None:
         """There may be something now."""
         self._hinted = True
         self._stirred.set()
+
+    def hint_of(self, key: Any, waves: float) -> None:
+        """There may be this now: look when so many waves have, see `turn`, unless it is `gone` by then."""
+        if waves <= 0 or len(self._heard) >= HEARD:
+            self.hint()
+        elif not self._hinted:
+            at = self._heard[key] = time.monotonic() + waves * self._wave
+            if at < self._until:
+                self._stirred.set()
+
+    def gone(self, key: Any) -> None:
+        """Somebody else has it: no reason to look any more."""
+        self._heard.pop(key, None)
 
     def expect(self, seconds: float) -> None:
         """There will be something in so many seconds."""
@@ -143,24 +167,44 @@ class Lookout:
 
     def looking(self) -> None:
         """A look begins: it sees whatever was hinted at before."""
-        self.quiet = not self._hinted
+        self.quiet = not (self._hinted or self._heard)
         self._hinted, self._expected = False, None
+        self._heard.clear()
+        self._began = time.monotonic()
 
     async def wait(self) -> None:
         """Until it is time for the next look."""
         began, pause = time.monotonic(), jittered(self._pause)
+        # On a slow server the next wave waits for longer: to look while the first still do makes it slower.
+        self._wave = min(max(WAVE, 2 * (began - self._began)), SLOWEST)
         while not self._hinted:
             now = time.monotonic()
             pauses = QUIET if self.quiet and self._live() else 1
-            if now >= began + pauses * pause or (self._expected is not None and now >= self._expected):
+            told = min(self._heard.values(), default=math.inf)
+            due = min(began + pauses * pause, told, math.inf if self._expected is None else self._expected)
+            if now >= due:
                 return
             # No longer than a pause: the feed may break off.
-            until = min(now + pause, began + pauses * pause, self._expected or math.inf)
+            self._until = min(now + pause, due)
             self._stirred.clear()
             # Not `wait_for`: in Python 3.11 it loses a cancellation that comes together with a hint.
             with suppress(TimeoutError):
-                async with asyncio.timeout(until - now):
+                async with asyncio.timeout(self._until - now):
                     await self._stirred.wait()
+
+
+def turn(key: Any, who: str, crowd: int, first: int = FIRST) -> float:
+    """How often those that look for `key` have doubled when it is the turn of `who`; 0 if he looks at once.
+
+    About `first` of a crowd of so many do, others for each key, without asking one another; all of a few.
+    Nobody is left out: the last comes after log2(crowd / first).
+    """
+    if crowd <= max(FEW, first):
+        return 0.0
+    # Not `hash`: that of a text is another in each process, and a sum of two says little of either.
+    digest = hashlib.blake2b(f"{key} {who}".encode(), digest_size=8).digest()
+    place = int.from_bytes(digest, "big") / 2**64 * crowd  # about how many come before
+    return math.log2(place / first) if place > first else 0.0
 
 
 def never() -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime, timedelta
 from functools import partial
@@ -17,6 +17,7 @@ from typing import Any
 from pymongo.errors import DuplicateKeyError
 
 from core4 import transitions
+from core4.changes import Change, Lookout, turn
 from core4.controls import Controls, RateStore, Starts
 from core4.database import Document, exactly
 from core4.errors import LeaseLost
@@ -41,6 +42,37 @@ class Claimed(list[Job]):
     def __init__(self, jobs: Iterable[Job] = (), *, more: bool = True, pinned: bool = True) -> None:
         super().__init__(jobs)
         self.more, self.pinned = more, pinned
+
+
+def stir(
+    lookout: Lookout,
+    change: Change,
+    owner: Owner,
+    namespaces: Collection[str],
+    crowd: Callable[[str | None], int],
+) -> bool:
+    """Have a worker look at the line, in its turn, if a change of the queue says that there may be something.
+
+    Returns whether that may be something for this worker alone.
+
+    Args:
+        namespaces: those that the worker serves.
+        crowd: how many live that look at the line of a namespace, or of any; 0 if that is not known.
+    """
+    fields, resync = change.fields, change.kind == "resync"
+    namespace = fields.get("namespace")  # only an insert tells
+    if namespace is not None and namespace not in namespaces:
+        return False
+    # What is for one worker only stands in no line: it is told of by what holds it, or held it until now.
+    freed = fields.get("query_at", change) is None and not (fields.get("due") or fields.get("lease"))
+    pinned = freed or (fields.get("held") == "worker" and fields.get("worker") in (None, owner.worker))
+    if resync or pinned:
+        lookout.hint()
+    elif fields.get("due"):
+        lookout.hint_of(change.id, turn(change.id, owner.id, crowd(namespace)))
+    elif "due" in fields or change.kind == "delete":
+        lookout.gone(change.id)
+    return resync or pinned
 
 
 class Claims:

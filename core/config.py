@@ -383,7 +383,9 @@ class Settings:
     dead_after: float = _seconds(
         30.0, "Silence after which a worker is declared dead and its jobs are rescued."
     )
-    rescue_every: float = _seconds(5.0, "How often a worker looks for jobs of dead workers.", most=3600)
+    rescue_every: float = _seconds(
+        5.0, "How often a worker looks for jobs of dead workers; one of more than 40 less often.", most=3600
+    )
     poll: float = _seconds(
         1.0,
         "How often a worker looks for work where changes are not announced; a twentieth of it else.",

@@ -180,10 +180,10 @@ class WorkerRegistry:
                 buried += [worker["_id"]] if await self._end(seen, "dead", why) else []
         return buried
 
-    async def living(self) -> dict[str, Any]:
-        """When each of those that have not ended has renewed last, by their ids."""
-        rows = await self._workers.find({"state": {"$in": LIVING}}, {"beat": 1}).to_list(None)
-        return {row["_id"]: row.get("beat") for row in rows}
+    async def living(self) -> list[Document]:
+        """Those that have not ended: when each has renewed last (`beat`), and the `namespaces` it serves."""
+        seen = {"beat": 1, "namespaces": 1}
+        return await self._workers.find({"state": {"$in": LIVING}}, seen).to_list(None)
 
     async def condemn(self, owner_id: str, why: str) -> bool:
         """Declare one dead that is known to be gone; False if it has ended already."""
@@ -203,7 +203,8 @@ class WorkerRegistry:
 
     async def alive_ids(self) -> set[str]:
         """The ids of all that have not been declared dead and have not left."""
-        return {worker["_id"] for worker in await self.up()}
+        rows = await self._workers.find({"state": {"$in": ["up", "drain"]}}, {"_id": 1}).to_list(None)
+        return {row["_id"] for row in rows}
 
     async def up(self) -> list[Document]:
         """The documents of all living workers."""

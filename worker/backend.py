@@ -40,6 +40,9 @@ class Chores(Protocol):
     def parts(self) -> Sequence[Any]:
         """Coroutines that run until they are cancelled."""
 
+    def crowd(self, namespace: str | None) -> int:
+        """How many workers live that serve a namespace, or any, as far as this one knows."""
+
     async def obey(self, *, resumed: bool) -> None:
         """What operators hold back has changed; with `resumed` a pause has ended."""
 

@@ -22,7 +22,7 @@ from bson import ObjectId
 from core4 import identifiers, signatures
 from core4.attendance import TROUBLE, Contact
 from core4.changes import Change, Lookout
-from core4.claims import Claimed
+from core4.claims import Claimed, stir
 from core4.config import Settings
 from core4.controls import CONTROL, Controls, Stop
 from core4.errors import JobInvalid, LeaseLost
@@ -433,15 +433,14 @@ class Worker:
         if change.collection not in (QUEUE, ""):
             return
         self._watch.hear(change)
-        fields = change.fields
-        # What is for one worker only stands in no line: it is told of by what holds it, or held it until now.
-        pinned = fields.get("held") == "worker" or fields.get("query_at", change) is None
-        self._pinned = self._pinned or pinned or change.kind == "resync"
-        if change.kind == "resync" or pinned or fields.get("due"):
-            self._work.hint()
-        flagged = fields.get("killed_at") is not None and change.id in self._executions
+        pinned = stir(self._work, change, self.owner, self._namespaces, self._crowd)
+        self._pinned = self._pinned or pinned
+        flagged = change.fields.get("killed_at") is not None and change.id in self._executions
         if flagged or (change.kind == "resync" and self._executions):
             self._look.set()
+
+    def _crowd(self, namespace: str | None) -> int:
+        return self._chores.crowd(namespace) if self._chores else 0
 
     # ------------------------------------------------------------------ claiming
 

@@ -63,6 +63,9 @@ class Upkeep:
             parts.append(self._forward.run())
         return parts
 
+    def crowd(self, namespace: str | None) -> int:
+        return self._attendance.crowd(namespace)
+
     async def obey(self, *, resumed: bool) -> None:
         self._scheduler.wake()
         if resumed:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from core4.attendance import Attendance, Contact
+from core4.attendance import CROWD, Attendance, Contact
 from core4.changes import Change
 from core4.config import Settings
 from core4.database import Database, Document
@@ -102,6 +102,44 @@ async def test_who_seems_silent_is_judged_by_the_clock_of_the_server(
     seen[FIRST.id] = seen[FIRST.id][0], time.monotonic() - FAR
     assert await chores.step() == 1
     assert (await queue.store.get(job.id)).state is State.PENDING
+
+
+async def test_a_crowd_reads_all_the_living_seldom_and_finds_the_silent_at_each_look(
+    database: Database, settings: Settings, queue: JobQueue, registry: WorkerRegistry
+) -> None:
+    """Up to forty do as ever; and who has found one dead looks again how many are left."""
+    job = await held_by(queue, registry, FIRST)
+    beat = utcnow()
+    more = [
+        {"_id": f"worker{number}", "state": "up", "beat": beat, "namespaces": ["DEFAULT"]}
+        for number in range(CROWD)
+    ]
+    await database.collection(WORKER).insert_many(more[1:])
+    chores = Chores(database, replace(settings, rescue_every=60.0), queue)
+    attendance, reads = chores.attendance, 0
+    living = attendance._registry.living
+
+    async def counted() -> list[Document]:
+        nonlocal reads
+        reads += 1
+        return await living()
+
+    attendance._registry.living = counted  # type: ignore[method-assign]
+    assert [await chores.step() for _ in range(3)] == [0, 0, 0]
+    assert (reads, attendance.crowd("DEFAULT"), attendance.crowd("other")) == (3, CROWD, CROWD)
+    assert attendance._rescue_every == 60
+
+    await database.collection(WORKER).insert_one(more[0])
+    assert [await chores.step() for _ in range(3)] == [0, 0, 0]
+    assert (reads, attendance.crowd(None)) == (4, CROWD + 1)
+    assert 60 < attendance._rescue_every < 62
+    old = utcnow() - timedelta(seconds=SLOW * 2)
+    await database.collection(WORKER).update_one({"_id": FIRST.id}, {"$set": {"beat": old}})
+    assert await chores.step() == 1
+    assert (await queue.store.get(job.id)).state is State.PENDING
+    assert reads == 4
+    await chores.step()
+    assert (reads, attendance.crowd(None)) == (5, CROWD)
 
 
 async def test_a_window_is_expected(
