@@ -173,7 +173,8 @@ async def test_the_causes_of_an_error(site: Site) -> None:
         wrong = functions.schedule(shipped.divide, a=1)
         left = functions.schedule(shipped.exits)
         fine = functions.schedule(shipped.addition, a=1, b=1, timeout=0)
-        eventually(lambda: halted.load().running)
+        # Not only claimed: killed then, it would never have been started.
+        eventually(lambda: halted.load().time_start > 0)
         halted.kill()
         jobs = functions.wait([late, crash, halted, wrong, left, fine], die=False)
 
