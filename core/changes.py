@@ -12,13 +12,13 @@ import math
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from pymongo.errors import OperationFailure, PyMongoError
 
 from core4.database import AWAIT, Database, history_lost
+from core4.waits import heard
 
 log = logging.getLogger(__name__)
 
@@ -152,10 +152,7 @@ class Lookout:
             # No longer than a pause: the feed may break off.
             until = min(now + pause, began + pauses * pause, self._expected or math.inf)
             self._stirred.clear()
-            # Not `wait_for`: in Python 3.11 it loses a cancellation that comes together with a hint.
-            with suppress(TimeoutError):
-                async with asyncio.timeout(until - now):
-                    await self._stirred.wait()
+            await heard(self._stirred, until - now)
 
 
 def never() -> bool:
