@@ -19,7 +19,7 @@ from core4 import __version__, identifiers
 from core4.actions import ActionStore
 from core4.api.browsers import add_headers, origins
 from core4.api.errors import ProblemProtocol, problems
-from core4.api.hub import Hub
+from core4.api.hub import GAP, Hub
 from core4.api.keys import (
     ACTIONS,
     CATALOGUE,
@@ -103,7 +103,7 @@ def create_app(settings: Settings, database: Database) -> web.Application:
     app[OPENAPI] = describe
     app[METRICS] = Metrics()
     watched = [QUEUE_COLLECTION, JOURNAL, LOG, CONTROL, RETURN, CATALOGUE_COLLECTION]
-    app[FEED] = feed = ChangeFeed(database, watched)
+    app[FEED] = feed = ChangeFeed(database, watched, gap=GAP)
     app[CATALOGUE] = RememberedCatalogue(database, feed)
     app[CLOSING] = asyncio.Event()
     app[HUB] = Hub(feed, app[QUEUE], app[LOGS], buffer=settings.sse_buffer)

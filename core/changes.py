@@ -46,10 +46,14 @@ Listener = Callable[[Change], None]
 
 
 class ChangeFeed:
-    """Reads the changes of some collections and calls every listener, in the loop's thread."""
+    """Reads the changes of some collections and calls every listener, in the loop's thread.
 
-    def __init__(self, database: Database, collections: Sequence[str]) -> None:
-        self._database = database
+    With a `gap` it asks for more at most once in so many seconds: a change after a silence is told at once,
+    those that follow come together.
+    """
+
+    def __init__(self, database: Database, collections: Sequence[str], gap: float = 0.0) -> None:
+        self._database, self._gap = database, gap
         self._collections = tuple(collections)
         self._listeners: set[Listener] = set()
         self._token: Mapping[str, Any] | None = None
@@ -82,11 +86,12 @@ class ChangeFeed:
             # Whatever happened before the stream was open has been told to nobody.
             self._tell(Change("resync"))
             while True:
-                self._heard = time.monotonic()
-                document = await stream.next()
+                self._heard = asked = time.monotonic()
+                documents = await stream.next()
                 self._token = stream.resume_token
-                if document is not None:
+                for document in documents:
                     self._tell(_change(document))
+                await asyncio.sleep(asked + self._gap - time.monotonic())
 
     async def _refused(self, error: OperationFailure) -> None:
         self._token = self._heard = None

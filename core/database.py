@@ -222,13 +222,17 @@ class _Stream:
         token: Mapping[str, Any] | None = self._stream.resume_token
         return token
 
-    async def next(self) -> Mapping[str, Any] | None:
-        """The next change; None after `AWAIT` seconds without one."""
-        if self._first is not None:
-            first, self._first = self._first, None
-            return first
-        change: Mapping[str, Any] | None = await self._stream.try_next()
-        return change
+    async def next(self) -> list[Mapping[str, Any]]:
+        """The next changes, all that one answer of the server has; none after `AWAIT` seconds without one."""
+        first, self._first = self._first, None
+        if first is None:
+            first = await self._stream.try_next()
+        found = [] if first is None else [first]
+        # The driver would use a thread for each of them, although they are here already.
+        stream = self._stream.delegate
+        while found and stream._cursor._data:
+            found.append(stream.try_next())
+        return found
 
 
 def history_lost(error: OperationFailure) -> bool:
