@@ -28,7 +28,9 @@ def _plain(value: Any) -> Any:
     if isinstance(value, ObjectId):
         return str(value)
     if isinstance(value, datetime):
-        return (value.astimezone(UTC) if value.tzinfo else value).replace(tzinfo=None).isoformat()
+        if value.tzinfo is not None and value.tzinfo is not UTC:
+            value = value.astimezone(UTC)
+        return value.isoformat().removesuffix("+00:00")
     if isinstance(value, timedelta):
         return value.total_seconds()
     return str(value)
