@@ -214,9 +214,9 @@ class UserStore:
 
     def _key(self, document: Document, password: str) -> bytes:
         """Names one credential without holding it; no two of them share a text."""
-        parts = [part.encode() for part in (document["name_lower"], password, document["password"])]
-        data = b"".join(len(part).to_bytes(8, "big") + part for part in parts)
-        return hashlib.blake2b(data, key=self._secret, digest_size=32).digest()
+        name, hashed = document["name_lower"], document["password"]
+        text = f"{len(name)} {len(password)} {name}{password}{hashed}"
+        return hashlib.blake2b(text.encode(), key=self._secret, digest_size=32).digest()
 
     async def _hash(self, password: str) -> str:
         if not password or not _usable(password):
