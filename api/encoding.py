@@ -45,5 +45,7 @@ def _finite(value: Any) -> Any:
 
 
 # ASCII only: no line separator of any kind can end a frame of a stream too early. Made once: `json.dumps`
-# makes one for each call with options.
-_encoder = json.JSONEncoder(default=_plain, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+# makes one for each call with options. What comes from JSON or BSON does not contain itself.
+_encoder = json.JSONEncoder(
+    default=_plain, separators=(",", ":"), ensure_ascii=True, allow_nan=False, check_circular=False
+)
