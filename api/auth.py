@@ -51,13 +51,13 @@ async def sign_in(request: web.Request, name: str, password: str) -> User:
     if (secret := request.app.get(LOCAL_SECRET)) is not None:
         return _local_user(request, name, password, secret)
     sign_ins = request.app[SIGN_INS]
-    key = name.lower()[:200], neighbourhood(client_address(request))
-    guessed = False
+    guessed: tuple[str, str] | None = None
 
     def before_check() -> None:
         nonlocal guessed
+        key = name.lower()[:200], neighbourhood(client_address(request))
         sign_ins.take(*key)
-        guessed = True
+        guessed = key
 
     user = await request.app[USERS].verify(name, password, before_check=before_check)
     if user is None:
@@ -66,7 +66,7 @@ async def sign_in(request: web.Request, name: str, password: str) -> User:
             await request.app[EVENTS].tell("session.refused", shown, remote=client_address(request))
         raise Unauthenticated("user name or password is wrong")
     if guessed:
-        sign_ins.give_back(*key)
+        sign_ins.give_back(*guessed)
     return user
 
 

@@ -61,8 +61,9 @@ async def add_headers(request: web.Request, response: web.StreamResponse) -> Non
     headers.update(_ALWAYS)
     if REQUEST_ID in request:
         headers[REQUEST_HEADER] = request[REQUEST_ID]
-    if request.app[SETTINGS].allow_origin:
-        headers.add("Vary", "Origin")
+    if not request.app[SETTINGS].allow_origin:
+        return
+    headers.add("Vary", "Origin")
     if _allowed(request):
         # No credentials: other origins send a bearer token in a header, never what the browser holds.
         headers["Access-Control-Allow-Origin"] = request.headers["Origin"]

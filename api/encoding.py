@@ -28,7 +28,9 @@ def _plain(value: Any) -> Any:
     if isinstance(value, ObjectId):
         return str(value)
     if isinstance(value, datetime):
-        return (value.astimezone(UTC) if value.tzinfo else value).replace(tzinfo=None).isoformat()
+        if value.tzinfo is not None and value.tzinfo is not UTC:
+            value = value.astimezone(UTC)
+        return value.isoformat().removesuffix("+00:00")
     if isinstance(value, timedelta):
         return value.total_seconds()
     return str(value)
@@ -43,5 +45,7 @@ def _finite(value: Any) -> Any:
 
 
 # ASCII only: no line separator of any kind can end a frame of a stream too early. Made once: `json.dumps`
-# makes one for each call with options.
-_encoder = json.JSONEncoder(default=_plain, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+# makes one for each call with options. What comes from JSON or BSON does not contain itself.
+_encoder = json.JSONEncoder(
+    default=_plain, separators=(",", ":"), ensure_ascii=True, allow_nan=False, check_circular=False
+)

@@ -26,6 +26,7 @@ def _version() -> str:
 
 VERSION = _version()
 PRODUCT = f"core4-jobs/{VERSION}"
+_PHRASES = {status.value: status.phrase for status in HTTPStatus}
 
 
 def envelope(request_id: str, status: int) -> dict[str, Any]:
@@ -34,7 +35,7 @@ def envelope(request_id: str, status: int) -> dict[str, Any]:
         "_id": request_id,
         "version": PRODUCT,
         "timestamp": datetime.now(UTC),
-        "message": HTTPStatus(status).phrase,
+        "message": _PHRASES[status],
         "code": status,
     }
 

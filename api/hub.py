@@ -25,6 +25,7 @@ from core4.errors import Unavailable
 from core4.logs import LOG, LogStore, text_size
 from core4.queues import JobQueue
 from core4.returns import RETURN
+from core4.waits import heard
 
 log = logging.getLogger(__name__)
 
@@ -307,12 +308,3 @@ def _subject(change: Change) -> ObjectId | str:
         return str(change.fields.get("queue"))
     found: ObjectId = change.fields["job"] if change.collection == LOG else change.id
     return found
-
-
-async def heard(event: asyncio.Event, timeout: float) -> None:
-    """Wait for an event, but not longer than `timeout` seconds."""
-    try:
-        async with asyncio.timeout(timeout):
-            await event.wait()
-    except TimeoutError:
-        pass

@@ -14,7 +14,7 @@ from aiohttp import web
 from bson import ObjectId
 
 from core4.api.envelope import page_reply, reply
-from core4.api.hub import REREAD, heard
+from core4.api.hub import REREAD
 from core4.api.keys import (
     ACTIONS,
     CATALOGUE,
@@ -49,6 +49,7 @@ from core4.orders import make_order
 from core4.permissions import Rights
 from core4.results import has_ended
 from core4.states import WAITING, State
+from core4.waits import heard
 
 T = TypeVar("T")
 Args = dict[str, Any]

@@ -48,7 +48,7 @@ class Metrics:
         resource = request.match_info.route.resource
         route = resource.canonical if resource is not None else "none"
         method = request.method if request.method in hdrs.METH_ALL else "other"
-        timed = response.content_type != STREAM
+        timed = isinstance(response, web.Response) or response.content_type != STREAM
         key = method, route, response.status, timed
         if key not in self._series:
             self._series[key] = self._made(*key)

@@ -12,11 +12,12 @@ from aiohttp import web
 from bson import ObjectId
 
 from core4.api.envelope import reply
-from core4.api.hub import REREAD, heard
+from core4.api.hub import REREAD
 from core4.api.jobs import limit_to, whole
 from core4.api.keys import HUB, RETURNS, SEATS, SETTINGS, USER
 from core4.errors import BadRequest
 from core4.options import QUEUE_NAME
+from core4.waits import heard
 
 Args = dict[str, Any]
 MOST = 10_000  # records that are counted

@@ -30,7 +30,7 @@ from core4.api import (
 )
 from core4.api.auth import authenticate
 from core4.api.browsers import require_own_page
-from core4.api.keys import BASE, REQUESTS, USER
+from core4.api.keys import BASE, REQUESTS, TOKEN, USER
 from core4.errors import TooManyRequests
 from core4.schemas import (
     BatchArguments,
@@ -69,6 +69,7 @@ from core4.schemas import (
     TaskArguments,
     WorkersArguments,
 )
+from core4.users import User
 
 # open: everybody; user: who is signed in; stream: who is signed in, or brings a ticket.
 Access = Literal["open", "user", "stream"]
@@ -187,22 +188,21 @@ def _endpoint(route: Route) -> Callable[[web.Request], Awaitable[web.StreamRespo
         if route.changes:
             require_own_page(request)
         if route.access != "open":
-            request[USER] = await authenticate(
-                request, ticket=route.access == "stream", cookie=not route.changes
-            )
-            identifiers.bind({"user": request[USER].name})
-            _count(request)
+            user = await authenticate(request, ticket=route.access == "stream", cookie=not route.changes)
+            request[USER] = user
+            identifiers.bind({"user": user.name})
+            _count(request, user)
         args = await arguments.parse(route.takes, request)
         response = await route.handler(request, args)
-        if route.handler is not sessions.logout and not response.prepared:
+        if TOKEN in request and route.handler is not sessions.logout and not response.prepared:
             await sessions.refresh(request, response)
         return response
 
     return endpoint
 
 
-def _count(request: web.Request) -> None:
+def _count(request: web.Request, user: User) -> None:
     """One more request of its user. Raises: TooManyRequests."""
     asked = request.app.get(REQUESTS)
-    if asked is not None and (wait := asked.take(request[USER].name)):
+    if asked is not None and (wait := asked.take(user.name)):
         raise TooManyRequests(wait, "too many requests of this user, see the setting requests_per_user")

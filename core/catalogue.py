@@ -15,6 +15,7 @@ from core4.changes import Change, ChangeFeed
 from core4.database import Database, Document, Page, only_duplicates
 from core4.jobs import utcnow
 from core4.remembered import Remembered
+from core4.signatures import Kept
 
 CATALOGUE = "sys.job"
 # Seconds for which an entry is remembered: while its changes are told of, and while they are not.
@@ -106,12 +107,16 @@ class RememberedCatalogue(Catalogue):
 
     def __init__(self, database: Database, feed: ChangeFeed) -> None:
         super().__init__(database)
-        self._entries = Remembered(super().get, lambda: TOLD if feed.live else UNTOLD)
+        self._entries = Remembered(self._read, lambda: TOLD if feed.live else UNTOLD)
         feed.listen(self._hear)
 
     async def get(self, name: str) -> Document | None:
         """As `Catalogue.get`, from memory for some seconds, or until a change is told of."""
         return await self._entries.get(name)
+
+    async def _read(self, name: str) -> Document | None:
+        entry = await super().get(name)
+        return entry and {**entry, "schema": Kept(entry.get("schema") or {})}
 
     def _hear(self, change: Change) -> None:
         if change.kind == "resync" or change.collection == CATALOGUE:

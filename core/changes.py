@@ -13,13 +13,13 @@ import math
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from pymongo.errors import OperationFailure, PyMongoError
 
 from core4.database import AWAIT, Database, history_lost
+from core4.waits import heard
 
 log = logging.getLogger(__name__)
 
@@ -187,10 +187,7 @@ class Lookout:
             # No longer than a pause: the feed may break off.
             self._until = min(now + pause, due)
             self._stirred.clear()
-            # Not `wait_for`: in Python 3.11 it loses a cancellation that comes together with a hint.
-            with suppress(TimeoutError):
-                async with asyncio.timeout(self._until - now):
-                    await self._stirred.wait()
+            await heard(self._stirred, self._until - now)
 
 
 def turn(key: Any, who: str, crowd: int, first: int = FIRST) -> float:

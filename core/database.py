@@ -24,6 +24,7 @@ from pymongo import IndexModel, ReadPreference, WriteConcern
 from pymongo.errors import BulkWriteError, DuplicateKeyError, OperationFailure, PyMongoError, WriteError
 
 from core4 import faults
+from core4.waits import heard
 
 Document = dict[str, Any]
 Collection = AsyncIOMotorCollection[Document]
@@ -175,9 +176,7 @@ class Database:
 
     async def pause(self, seconds: float) -> None:
         """Wait for more to do together; no longer than until somebody waits for that."""
-        with suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                await self._awaited.wait()
+        await heard(self._awaited, seconds)
 
     async def landed(self) -> None:
         """Wait until all that is done beside is done, for some seconds at most."""

@@ -23,6 +23,7 @@ OPERATORS = {name: "$" + name for name in ("eq", "ne", "in", "gt", "gte", "lt", 
 TERMS, LIST, TEXT, SORTS, WILDCARDS, SEARCH = 20, 100, 1000, 3, 10, 200
 _INT64 = 2**63
 
+_HALVES = re.compile("[\ud800-\udfff]")
 _ARGS_PATH = re.compile(r"args(?:\.[A-Za-z_][A-Za-z0-9_-]{0,63}){1,5}")
 
 Parser = Callable[[Any], Any]
@@ -121,7 +122,12 @@ def compile_search(text: str) -> str:
 
 def storable(text: str) -> bool:
     """True if the database can hold this text: no NUL, no half of a surrogate pair."""
-    return "\0" not in text and not any("\ud800" <= char <= "\udfff" for char in text)
+    return "\0" not in text and encodable(text)
+
+
+def encodable(text: str) -> bool:
+    """True if there is no half of a surrogate pair in this text."""
+    return text.isascii() or _HALVES.search(text) is None
 
 
 # ---------------------------------------------------------------------- inside

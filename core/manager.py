@@ -35,6 +35,7 @@ from core4.orders import make_order
 from core4.results import result_of
 from core4.timers import Timers
 from core4.users import UserStore
+from core4.waits import heard
 from core4.worker.backend import Backend
 from core4.worker.daemon import Worker
 from core4.worker.direct import Direct
@@ -293,11 +294,7 @@ class JobManager(Inside):
                 if left <= 0:
                     raise TimeoutError(f"job [{job_id}] has not ended within {timeout:g} s")
                 changed.clear()
-                try:
-                    async with asyncio.timeout(min(left, LOOK)):
-                        await changed.wait()
-                except TimeoutError:
-                    continue
+                await heard(changed, min(left, LOOK))
         return job
 
 

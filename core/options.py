@@ -199,6 +199,7 @@ OPTIONS: Mapping[str, Option] = MappingProxyType(
 )
 
 DEFAULTS: Mapping[str, Any] = MappingProxyType({name: option.default for name, option in OPTIONS.items()})
+_STORED = {name: option.stored(option.default) for name, option in OPTIONS.items()}
 
 
 def problem(name: str, value: Any) -> str | None:
@@ -219,4 +220,5 @@ def shown(value: Any) -> str:
 
 def stored(values: Mapping[str, Any]) -> dict[str, Any]:
     """All options as a document has them: accepted values, defaults for what is not among them."""
-    return {name: option.stored(values.get(name, option.default)) for name, option in OPTIONS.items()}
+    given = {name: OPTIONS[name].stored(value) for name, value in values.items() if name in OPTIONS}
+    return {**_STORED, **given}

@@ -30,6 +30,7 @@ from core4.functions import SERVES
 from core4.queues import JobQueue
 from core4.registry import LIVING, LOADING, WorkerRegistry
 from core4.service import ready, spawn, stop_on_signals
+from core4.waits import heard
 
 log = logging.getLogger(__name__)
 
@@ -155,7 +156,7 @@ class Pool:
             except (PyMongoError, Unavailable) as error:
                 self._contact = None
                 log.warning("pool.database_trouble", extra={"error": str(error)[:200]})
-            await _either(stop, self._settings.poll)
+            await heard(stop, self._settings.poll)
         await self._end_all(halt)
 
     async def step(self) -> None:
@@ -283,7 +284,7 @@ class Pool:
         deadline = time.monotonic() + patience
         while self._place.launches() and time.monotonic() < deadline:
             self._place.ended()
-            if await _either(halt, 0.1):
+            if await heard(halt, 0.1):
                 halt.clear()
                 self._signal_all(signal.SIGTERM)  # a second one hurries them
         self._signal_all(signal.SIGKILL)
@@ -291,15 +292,6 @@ class Pool:
     def _signal_all(self, number: int) -> None:
         for launch in self._place.launches():
             self._place.signal(launch, number)
-
-
-async def _either(event: asyncio.Event, seconds: float) -> bool:
-    try:
-        async with asyncio.timeout(seconds):
-            await event.wait()
-    except TimeoutError:
-        return False
-    return True
 
 
 Follow = Callable[[Pool, asyncio.Event, asyncio.Event], Coroutine[Any, Any, None]]
@@ -327,7 +319,7 @@ async def _supervise(settings: Settings, size: Size, place: Place, follow: Follo
             )
         except PyMongoError as error:
             log.warning("database.unreachable", extra={"error": str(error)[:200]})
-            await _either(stop, CONNECT_EVERY)
+            await heard(stop, CONNECT_EVERY)
             continue
         pool = Pool(database, settings, size, place)
         beside = asyncio.create_task(follow(pool, stop, halt)) if follow else None

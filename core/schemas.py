@@ -16,7 +16,7 @@ from marshmallow import INCLUDE, RAISE, Schema, ValidationError, fields, validat
 
 from core4 import timetable
 from core4.errors import JobInvalid
-from core4.filters import SEARCH, date, storable
+from core4.filters import SEARCH, date, encodable, storable
 from core4.jobs import NAMESPACE, too_deep
 from core4.options import OPTIONS, problem
 from core4.permissions import KEY_NAME, NAME_LIMIT
@@ -730,7 +730,7 @@ def _complaint(item: Any, depth: int) -> str | None:
         return "not a finite number"
     if isinstance(item, int) and not -_INT64 <= item < _INT64:
         return "not a number of 64 bits"
-    if isinstance(item, str) and not _encodable(item):
+    if isinstance(item, str) and not encodable(item):
         return "has half of a surrogate pair"
     return None
 
@@ -742,7 +742,3 @@ def _key_complaint(key: str) -> str | None:
         # Drivers turn objects with `$ref` and the like into values that are no JSON any more.
         return f"the name {key[:100]!r} begins with `$`"
     return None
-
-
-def _encodable(text: str) -> bool:
-    return not any("\ud800" <= char <= "\udfff" for char in text)

@@ -101,7 +101,7 @@ def _one_line(text: str) -> str:
 
 def masked(line: str) -> str:
     """`line` without the credentials of any URL in it."""
-    return _CREDENTIALS.sub(r"\g<scheme>***@", line)
+    return _CREDENTIALS.sub(r"\g<scheme>***@", line) if "://" in line else line
 
 
 def stop_on_signals(again: Callable[[], None] | None = None) -> asyncio.Event:

@@ -15,6 +15,7 @@ import re
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 from core4.errors import JobInvalid
@@ -107,16 +108,31 @@ def call_args(func: Callable[..., Any], args: Mapping[str, Any]) -> tuple[tuple[
     return (*given, *args[further]), rest
 
 
-def check(schema: Mapping[str, Any], args: Any) -> list[dict[str, str]]:
-    """What does not fit: JSON pointers into `args` and messages; empty if all is well."""
+class Kept(dict[str, Any]):
+    """A schema that `check` meets again and again: what checks against it is made once."""
+
+    @cached_property
+    def validator(self) -> Any:
+        """What checks against this schema."""
+        return _validator(self)
+
+
+def _validator(schema: Mapping[str, Any]) -> Any:
     from jsonschema import Draft202012Validator
     from referencing import Registry
+
+    # Without a registry of ours it would fetch what a schema refers to, from any address.
+    return Draft202012Validator(schema, registry=Registry())
+
+
+def check(schema: Mapping[str, Any], args: Any) -> list[dict[str, str]]:
+    """What does not fit: JSON pointers into `args` and messages; empty if all is well."""
     from referencing.exceptions import Unresolvable
 
     found: dict[tuple[str, str], None] = {}
+    validator = schema.validator if isinstance(schema, Kept) else _validator(schema)
     try:
-        # Without a registry of ours it would fetch what a schema refers to, from any address.
-        for error in Draft202012Validator(schema, registry=Registry()).iter_errors(args):
+        for error in validator.iter_errors(args):
             for row in _rows(error):
                 found[row] = None
             if len(found) >= _MOST_ERRORS:

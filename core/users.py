@@ -94,7 +94,7 @@ class UserStore:
         self._checks: dict[bytes, asyncio.Future[bool]] = {}
         self._right = _Memory[bytes, bool](REMEMBER)
         # One look for all that a user sends at the same time.
-        self._users = Remembered(self._read, lambda: REREAD)
+        self._users = Remembered(self.get, lambda: REREAD)
         self._fresh = _Memory[str, tuple[str, datetime]](self._settings.token_ttl)
 
     async def prepare(self) -> None:
@@ -187,16 +187,16 @@ class UserStore:
 
         Raises: TooManyRequests if too many passwords wait to be checked.
         """
-        document = await self._document(name)
-        if document is None or not _usable(password):
+        user = await self._remembered(name)
+        if user is None or not _usable(password):
             await self._check(secrets.token_bytes(16), "-", await self._dummy_hash(), before_check)
             return None
-        key = self._key(document, password)
+        key = self._key(user.document, password)
         if not self._right.get(key):
-            if not await self._check(key, password, document["password"], before_check):
+            if not await self._check(key, password, user.document["password"], before_check):
                 return None
             self._right.put(key, True)
-        return _user(document) if document["is_active"] else None
+        return user if user.is_active else None
 
     async def _check(self, key: bytes, password: str, hashed: str, before_check: Callable[[], None]) -> bool:
         """Check once however many ask for the same at the same time."""
@@ -214,9 +214,9 @@ class UserStore:
 
     def _key(self, document: Document, password: str) -> bytes:
         """Names one credential without holding it; no two of them share a text."""
-        parts = [part.encode() for part in (document["name_lower"], password, document["password"])]
-        data = b"".join(len(part).to_bytes(8, "big") + part for part in parts)
-        return hashlib.blake2b(data, key=self._secret, digest_size=32).digest()
+        name, hashed = document["name_lower"], document["password"]
+        text = f"{len(name)} {len(password)} {name}{password}{hashed}"
+        return hashlib.blake2b(text.encode(), key=self._secret, digest_size=32).digest()
 
     async def _hash(self, password: str) -> str:
         if not password or not _usable(password):
@@ -236,11 +236,8 @@ class UserStore:
         self._dummy = self._dummy or await self._hashed(secrets.token_hex(16))
         return self._dummy
 
-    async def _document(self, name: str) -> Document | None:
+    async def _remembered(self, name: str) -> User | None:
         return await self._users.get(name.lower()) if NAME.fullmatch(name) else None
-
-    async def _read(self, key: str) -> Document | None:
-        return await self._roles.find_one({"name_lower": key})
 
     # ------------------------------------------------------------------ tokens
 
@@ -296,10 +293,10 @@ class UserStore:
     async def _accepted(self, document: Document | None, kind: str) -> Token | None:
         if document is None or document["kind"] != kind or document["expires"] <= utcnow():
             return None
-        owner = await self._document(document["name_lower"])
-        if owner is None or not owner["is_active"] or owner["auth_version"] != document["auth_version"]:
+        owner = await self._remembered(document["name_lower"])
+        if owner is None or not owner.is_active or owner.auth_version != document["auth_version"]:
             return None
-        return Token(_user(owner), document["created"], document["expires"])
+        return Token(owner, document["created"], document["expires"])
 
     async def refresh(self, token: str, accepted: Token) -> str | None:
         """A fresh token for one that is past an eighth of its life; the same one however often asked."""

@@ -30,6 +30,7 @@ from core4.functions import SERVES
 from core4.jobs import Job, Kind, Owner
 from core4.service import ready
 from core4.store import QUEUE
+from core4.waits import heard
 from core4.worker import functions, linux
 from core4.worker.backend import Backend, OwnerLost
 from core4.worker.executor import Execution
@@ -315,9 +316,7 @@ class Worker:
                 beats = 0 if self._unsure else beats + 1
                 if beats % IDLE_BEATS == 0:
                     self._look.set()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self._settings.heartbeat):
-                    await self._rouse.wait()
+            await heard(self._rouse, self._settings.heartbeat)
             self._rouse.clear()
 
     def _note_contact(self, sent: float) -> None:

@@ -23,6 +23,7 @@ from core4.options import OPTIONS
 from core4.retries import Outcome, decide
 from core4.states import Flag, State
 from core4.transitions import shortened
+from core4.waits import heard
 from core4.worker import protocol
 from core4.worker.backend import Backend
 from core4.worker.calls import Calls
@@ -390,7 +391,7 @@ class Execution:
         await self._stopping.wait()
         if self._grace > 0:
             process.terminate()
-            await _either(self._lost, self._grace)
+            await heard(self._lost, self._grace)
         process.kill()
 
     async def _end_late(self, process: Running) -> None:
@@ -501,7 +502,7 @@ class Execution:
                 return await write()
             except TROUBLE as error:
                 log.warning("job.write_delayed", extra={"error": str(error)[:200]})
-            await _either(self._lost, pause)
+            await heard(self._lost, pause)
             pause = min(pause * 2, _LAST_PAUSE)
         raise LeaseLost(self.job.id, self.lease_id)
 
@@ -533,13 +534,3 @@ def _checked_end(message: Message) -> Message:
     # Of both no more than what is stored: the worker writes them to the log, too.
     message_text = str(end["message"])[: protocol.TEXT_LIMIT]
     return {kind: {"message": message_text, "traceback": shortened(end["traceback"])}}
-
-
-async def _either(event: asyncio.Event, seconds: float) -> bool:
-    """Wait for an event, `seconds` at most; True if it is set."""
-    try:
-        async with asyncio.timeout(seconds):
-            await event.wait()
-    except TimeoutError:
-        return False
-    return True

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections import deque
@@ -15,6 +14,7 @@ from core4.attendance import TROUBLE
 from core4.config import Settings
 from core4.jobs import Job
 from core4.logs import Line
+from core4.waits import heard
 from core4.worker.protocol import TEXT_LIMIT
 
 log = logging.getLogger(__name__)
@@ -155,9 +155,7 @@ class JobLog:
             await self._any.wait()
             pause = max(stored_at + self._flush_every - time.monotonic(), GATHER)
             if not self._closing:
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(pause):
-                        await self._full.wait()
+                await heard(self._full, pause)
             stored_at = time.monotonic()
             while self._waiting:
                 await self._store_batch(self._take())

@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from contextlib import suppress
 
 from bson import ObjectId
 
 from core4.attendance import TROUBLE
 from core4.changes import Change
+from core4.waits import heard
 from core4.worker.backend import Backend
 from core4.worker.protocol import Message
 
@@ -46,9 +46,7 @@ class Watch:
     async def run(self) -> None:
         """Look until cancelled; an outage of the database only takes time."""
         while True:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(self._every * random.uniform(0.75, 1.25)):
-                    await self._look.wait()
+            await heard(self._look, self._every * random.uniform(0.75, 1.25))
             self._look.clear()
             if not self._waiting:
                 await self._look.wait()

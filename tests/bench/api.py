@@ -93,9 +93,12 @@ class Bench:
             bare = self._load(self.bare, 300, self._insert, connections)
             ours = self._load(self.api, 300, self._post, connections)
             values |= _beside(f"post_c{connections}", ours, bare)
-        batch = self._load(self.api, 10, self._batch, 1)
-        jobs = batch["rate"] * 100
-        return {**values, "batch_jobs": jobs, "batch_to_single": jobs / values["post_c1"]}
+        bare = self._load(self.bare, 10, self._insert_many, 1)
+        ours = self._load(self.api, 10, self._batch, 1)
+        values |= _beside("batch", ours, bare)
+        values["batch_to_single"] = ours["rate"] * 100 / values["post_c1"]
+        values["batch_to_single.bare"] = bare["rate"] * 100 / values["post_c1.bare"]
+        return values
 
     def _load(
         self, server: Server, total: int, make: bytes | Callable[[int], bytes], connections: int = CONNECTIONS
@@ -117,13 +120,17 @@ class Bench:
         return request("POST", f"{BASE}/job", AUTH, json.dumps(self._body()).encode())
 
     def _batch(self, _: int) -> bytes:
+        return request("POST", f"{BASE}/job/batch", AUTH, self._hundred())
+
+    def _hundred(self) -> bytes:
         jobs = [{name: value for name, value in self._body().items() if name != "follow"} for _ in range(100)]
-        return request("POST", f"{BASE}/job/batch", AUTH, json.dumps({"jobs": jobs}).encode())
+        return json.dumps({"jobs": jobs}).encode()
 
     def _insert(self, _: int) -> bytes:
-        # What is stored of a job, so that the database has as much to do.
-        body = {**self._body(), "state": "pending", "history": [{"state": "pending", "by": "admin"}]}
-        return request("POST", "/insert", {}, json.dumps(body | {"pad": "x" * 500}).encode())
+        return request("POST", "/insert", {}, json.dumps(self._body()).encode())
+
+    def _insert_many(self, _: int) -> bytes:
+        return request("POST", "/insert_many", {}, self._hundred())
 
     # ------------------------------------------------------------------ streams
 

@@ -6,6 +6,7 @@ Run as ``python -m tests.bench.bare PORT [MONGO_URL]``.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import sys
 from contextlib import suppress
@@ -16,9 +17,15 @@ from bson import ObjectId
 from motor.motor_asyncio import AsyncIOMotorClient
 from pymongo import WriteConcern
 
+from core4.jobs import JobOrder, new_document, utcnow
+from core4.store import INDEXES, QUEUE
+
 BACKLOG = 4096
 _listening: set[web.StreamResponse] = set()
 TABLE: web.AppKey[Any] = web.AppKey("TABLE", object)
+_numbers = itertools.count()
+# So that the database has as much to do as for a job of ours.
+_JOB = new_document(JobOrder(name="bench.Job", args={}, username="bench", unique=False), ObjectId(), utcnow())
 
 
 async def answer(request: web.Request) -> web.Response:
@@ -27,11 +34,23 @@ async def answer(request: web.Request) -> web.Response:
     return web.json_response({"_id": "0" * 24, "code": 200, "message": "OK", "data": "0" * 24})
 
 
+def _job(args: Any) -> dict[str, Any]:
+    return {**_JOB, "_id": ObjectId(), "args": args, "rank": _JOB["rank"] + next(_numbers)}
+
+
 async def insert(request: web.Request) -> web.Response:
-    """Store the body, durably, as it is."""
-    key = ObjectId()
-    await request.app[TABLE].insert_one({**json.loads(await request.read()), "_id": key})
-    return web.json_response({"_id": "0" * 24, "code": 200, "message": "OK", "data": str(key)})
+    """Store a job with the arguments in the body, durably."""
+    job = _job(json.loads(await request.read())["args"])
+    await request.app[TABLE].insert_one(job)
+    return web.json_response({"_id": "0" * 24, "code": 200, "message": "OK", "data": str(job["_id"])})
+
+
+async def insert_many(request: web.Request) -> web.Response:
+    """The same for several."""
+    jobs = [_job(each["args"]) for each in json.loads(await request.read())["jobs"]]
+    await request.app[TABLE].insert_many(jobs, ordered=False)
+    ids = [str(job["_id"]) for job in jobs]
+    return web.json_response({"_id": "0" * 24, "code": 200, "message": "OK", "data": ids})
 
 
 async def events(request: web.Request) -> web.StreamResponse:
@@ -64,10 +83,12 @@ def main() -> None:
     async def connect(app: web.Application) -> None:
         client: AsyncIOMotorClient[Any] = AsyncIOMotorClient(sys.argv[2])
         app[TABLE] = client["bare"].get_collection("bare", write_concern=WriteConcern(w="majority", j=True))
+        await app[TABLE].create_indexes(list(INDEXES[QUEUE]))
 
     if len(sys.argv) > 2:
         app.on_startup.append(connect)
     app.router.add_post("/insert", insert)
+    app.router.add_post("/insert_many", insert_many)
     app.router.add_get("/events", events)
     app.router.add_get("/publish", publish)
     app.router.add_route("*", "/{path:.*}", answer)

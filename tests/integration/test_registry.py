@@ -102,6 +102,29 @@ async def test_search(search: str, found: bool) -> None:
     assert matches(search, "core4.example.DummyJob") is found
 
 
+async def test_changes_come_together(database: Database) -> None:
+    """Each once and in order, however many one answer has."""
+    feed = ChangeFeed(database, ["a"])
+    seen: list[Any] = []
+    ready, done = asyncio.Event(), asyncio.Event()
+
+    def note(change: Change) -> None:
+        seen.append(change.id)
+        ready.set()
+        if len(seen) == 302:  # the resync at the start among them
+            done.set()
+
+    feed.listen(note)
+    async with asyncio.timeout(40):
+        task = asyncio.create_task(feed.run())
+        await ready.wait()
+        await database.collection("a").insert_many([{"_id": n} for n in range(300)])
+        await database.collection("a").insert_one({"_id": 300})
+        await done.wait()
+    task.cancel()
+    assert seen == [None, *range(301)]
+
+
 async def test_changes_reach_every_listener(database: Database) -> None:
     """Inserts, updates and deletes of the watched collections, to all in this process."""
     feed = ChangeFeed(database, ["a", "b"])

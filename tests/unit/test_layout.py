@@ -24,7 +24,7 @@ LAYERS = (
         "errors states options jobs results retries chains transitions schemas permissions filters bookmarks "
         "handshake signatures cron timetable orders sanity findings messages sources functions",
     ),
-    ("ground", "config faults database changes remembered service embedded identifiers"),
+    ("ground", "config faults database changes waits remembered service embedded identifiers"),
     (
         "stores",
         "controls events returns store outbox claims queues repairs retention bulk catalogue registry logs "

@@ -10,7 +10,7 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from core4.errors import JobInvalid
-from core4.signatures import check, complaint, digest, schema
+from core4.signatures import Kept, check, complaint, digest, schema
 
 if TYPE_CHECKING:
     from decimal import Decimal
@@ -185,3 +185,13 @@ def test_a_schema_refers_to_nothing_elsewhere() -> None:
     """Its author may be anybody: what is not there is an error, and nobody is asked for it."""
     assert [row["pointer"] for row in check({"$ref": "http://127.0.0.1:9/x"}, {})] == [""]
     assert check({"$defs": {"x": {"type": "object"}}, "$ref": "#/$defs/x"}, {}) == []
+
+
+def test_what_is_kept_checks_the_same() -> None:
+    """What checks against a schema that is kept is made once, and says what a new one says."""
+    plain = schema(strict)
+    kept = Kept(plain)
+    for args in ({}, {"x": 1}, {"nothing": None}):
+        assert check(kept, args) == check(plain, args)
+    assert kept.validator is kept.validator
+    assert kept == plain
