@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NoReturn
 
 from aiohttp import web
 from marshmallow import Schema, ValidationError, missing
+from webargs.aiohttpparser import AIOHTTPParser
 
 from core4.errors import BadRequest
 from core4.schemas import Unreadable, read_json
 
 BODY_TIME = 10.0  # seconds within which a body has to arrive
+
+_MERGED = "merged"
+_GIVEN = web.RequestKey(_MERGED, Mapping[str, Any])
+_parser = AIOHTTPParser(location=_MERGED)
 
 
 async def parse(schema: type[Schema], request: web.Request) -> dict[str, Any]:
@@ -22,9 +27,22 @@ async def parse(schema: type[Schema], request: web.Request) -> dict[str, Any]:
 
     Raises: BadRequest naming what is wrong; HTTPException 413 or 415 for a body that is not read.
     """
-    given = await _merged(request)
-    # Most of what is asked for by its address alone takes nothing.
-    return checked(schema, given) if given or _whole(schema).fields else {}
+    given = request[_GIVEN] = await _merged(request)
+    if not (given or _whole(schema).fields):
+        return {}  # most of what is asked for by its address alone takes nothing
+    part = _part(schema, given)
+    parsed: dict[str, Any] = await _parser.parse(part, request, unknown=part.unknown)
+    return parsed
+
+
+@_parser.location_loader(_MERGED)
+def _given(request: web.Request, _: Schema) -> Mapping[str, Any]:
+    return request[_GIVEN]
+
+
+@_parser.error_handler
+def _refuse(error: ValidationError, *_: object, **__: object) -> NoReturn:
+    _complain(error.messages_dict.get(_MERGED, {}))
 
 
 @lru_cache
@@ -33,9 +51,13 @@ def _whole(schema: type[Schema]) -> Schema:
     return schema()
 
 
+def _part(schema: type[Schema], given: Iterable[str]) -> Schema:
+    """What matters of a schema if so much is given: a job has thirty options, and hardly any is."""
+    return _of(schema, frozenset(_whole(schema).fields.keys() & given))
+
+
 @lru_cache(maxsize=500)
-def _part(schema: type[Schema], given: frozenset[str]) -> Schema:
-    """What matters if these fields are given: a job has thirty options, and hardly any is."""
+def _of(schema: type[Schema], given: frozenset[str]) -> Schema:
     fields = _whole(schema).fields
     always = {name for name, field in fields.items() if field.required or field.load_default is not missing}
     return schema(only=[name for name in fields if name in given | always])
@@ -92,8 +114,7 @@ def checked(schema: type[Schema], given: Mapping[str, Any]) -> dict[str, Any]:
     Raises: BadRequest naming what is wrong.
     """
     try:
-        names = _whole(schema).fields.keys() & given.keys()
-        loaded: dict[str, Any] = _part(schema, frozenset(names)).load(given)
+        loaded: dict[str, Any] = _part(schema, given).load(given)
     except ValidationError as error:
         _complain(error.messages_dict)
     return loaded
