@@ -1,8 +1,8 @@
 """``python -m tests.bench.model``: what a job, a worker, a request and a follower cost in processor time.
 
-Each point of a grid is a load on a database server, an API and workers of its own, those of as many workers one
-after the other. Their processor time is fitted by what was done there (least squares); loads that are not in
-the grid are measured in between, and predicted.
+Each point of a grid is a load on a database server, an API and workers of their own. Their processor time is
+fitted by what was done there (least squares); loads that are not in the grid are measured in between, and
+predicted.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ What it makes of it is measured beside: a loop that is always the same, a hundre
 from __future__ import annotations
 
 import asyncio
+import os
 import statistics
 import tempfile
 import threading
@@ -14,7 +15,7 @@ import time
 from base64 import b64encode
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -130,10 +131,10 @@ class Stand:
         return row
 
 
-def _copy(row: Document, number: int, start: Any) -> Document:
+def _copy(row: Document, number: int, start: datetime) -> Document:
     at = start + timedelta(seconds=number)
-    own = {"_id": ObjectId.from_datetime(at), "args": {"n": number}, "journaled_at": at, "finished_at": at}
-    # `from_datetime` knows seconds only; these are one apart.
+    key = ObjectId(ObjectId.from_datetime(at).binary[:4] + os.urandom(8))
+    own = {"_id": key, "args": {"n": number}, "journaled_at": at, "finished_at": at}
     return {**row, **own, "enqueued": {**row["enqueued"], "at": at}}
 
 
