@@ -272,7 +272,7 @@ class Driver:
 
 def running_job(here: Stand) -> Job:
     """A job that runs and belongs to nobody's worker: it can be followed."""
-    order = JobOrder(name="tests.jobs.Noop", args={"n": 0}, username="bench", namespace="SSE")
+    order = JobOrder(name="tests.jobs.Noop", args={"n": 0}, username="bench", unique=False, namespace="SSE")
 
     async def begin() -> Job:
         await here.queue.enqueue(order)

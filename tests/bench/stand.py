@@ -13,7 +13,7 @@ import tempfile
 import threading
 import time
 from base64 import b64encode
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -83,15 +83,17 @@ class Pace(threading.Thread):
 class Stand:
     """What runs, how to reach it, and what it has used."""
 
-    def __init__(self, url: str, kind: str, loop: asyncio.Runner, pids: dict[str, list[int]]) -> None:
-        self.url, self.kind, self.loop, self.pids = url, kind, loop, pids
-        self.database = loop.run(Database.connect(url, NAME))
-        self.client: MongoClient[Document] = MongoClient(url)
+    def __init__(self, server: EmbeddedServer, loop: asyncio.Runner, pids: dict[str, list[int]]) -> None:
+        self.server, self.loop, self.pids = server, loop, pids
+        self.kind = server.kind
+        self.database = loop.run(Database.connect(server.url, NAME))
+        self.client: MongoClient[Document] = MongoClient(server.url)
         self.tables = self.client[NAME]
         self.queue = JobQueue(self.database, Settings())
         self.logs = LogStore(self.database)
         self.owner = Owner("bench", "bench@here", "here", 1)
-        self.port = 0
+        self.port = 0  # of the API
+        self.environ: dict[str, str] = {}  # of API and workers
 
     def clock(self) -> dict[str, float]:
         """Seconds of processor time so far, by part."""
@@ -117,7 +119,9 @@ class Stand:
 
     def _ended_job(self) -> Document:
         """The document of a job that has been through all of its life."""
-        order = JobOrder(name="tests.jobs.Noop", args={"n": 0}, username="bench", namespace="NOBODY")
+        order = JobOrder(
+            name="tests.jobs.Noop", args={"n": 0}, username="bench", unique=False, namespace="NOBODY"
+        )
 
         async def live() -> ObjectId:
             await self.queue.enqueue(order)
@@ -139,34 +143,34 @@ def _copy(row: Document, number: int, start: datetime) -> Document:
 
 
 @contextmanager
-def stand(workers: int = 1, *, api: bool = True, slots: int = SLOTS, **environ: str) -> Iterator[Stand]:
+def stand(
+    workers: int = 1, *, kind: Callable[[Path], EmbeddedServer] = EmbeddedServer, **environ: str
+) -> Iterator[Stand]:
     """A server with nothing in it, that many workers and one API process, until the block ends."""
     with ExitStack() as stack:
         home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="core4-bench-")))
-        server = stack.enter_context(EmbeddedServer(home / "data"))
+        server = kind(home / "data")
+        stack.enter_context(server)
         state = running(home / "data")
         assert state is not None
         loop = stack.enter_context(asyncio.Runner())
         pids: dict[str, list[int]] = {"db": [state.pid], "worker": [], "api": []}
-        found = Stand(server.url, server.kind, loop, pids)
+        found = Stand(server, loop, pids)
         stack.callback(found.client.close)
         stack.callback(lambda: loop.run(found.database.close()))
         loop.run(_prepare(found.database, known=not workers))
+        found.port = free_port()
         own = {"CORE4_MONGO_URL": server.url, "CORE4_MONGO_DATABASE": NAME, "CORE4_HOME": str(home)}
-        settings = {**own, "CORE4_MAX_CPU": "100", "CORE4_SLOTS": str(slots), **_MANY, **environ}
-        commands = []
-        for _ in range(workers):
-            commands.append(("worker", Command([program("core4"), "worker", str(JOBS)], settings, cwd=home)))
-        if api:
-            found.port = free_port()
-            settings = {**settings, "CORE4_PORT": str(found.port)}
-            commands.append(("api", Command([program("core4"), "api"], settings, cwd=home)))
-        start(stack, commands, pids)
+        more = {"CORE4_MAX_CPU": "100", "CORE4_SLOTS": str(SLOTS), "CORE4_PORT": str(found.port)}
+        found.environ = {**own, **more, **_MANY, **environ}
+        worker = [program("core4"), "worker", str(JOBS)]
+        commands = [("worker", Command(worker, found.environ, cwd=home)) for _ in range(workers)]
+        commands.append(("api", Command([program("core4"), "api"], found.environ, cwd=home)))
+        _start(stack, commands, pids)
         yield found
 
 
-def start(stack: ExitStack, commands: Sequence[tuple[str, Command]], pids: dict[str, list[int]]) -> None:
-    """Start all of them, each of a part, and wait until they are ready."""
+def _start(stack: ExitStack, commands: Sequence[tuple[str, Command]], pids: dict[str, list[int]]) -> None:
     for part, command in commands:
         pids[part].append(stack.enter_context(command).process.pid)
     for _, command in commands:
