@@ -2,7 +2,7 @@
 
 Each has an API process of its own. `idle`: what a follower costs in memory and connections to the database, a
 GET beside them, one line to all of them, and the end of the process with all of them open. `stalled`: a job
-writes megabytes that some followers never take: memory, when they are cut, and what a reader beside them waits.
+writes megabytes that some followers never take: memory, when they are cut, what a reader beside them waits.
 """
 
 from __future__ import annotations

@@ -119,7 +119,7 @@ def verdict(acknowledged: dict[str, int], journal: Sequence[Document], queued: i
         "acknowledged": len(acknowledged),
         "lost": len(acknowledged) - len(there),
         "incomplete": sum(rows[job]["state"] != State.COMPLETE for job in there),
-        "twice": sum(numbers[acknowledged[job]] > 1 or outcomes(rows[job]) != 1 for job in there),
+        "twice": sum(numbers[acknowledged[job]] > 1 or outcomes(rows[job]) > 1 for job in there),
         "left": queued,
         "again": sum(rows[job]["trial"] > 1 for job in there),
         "journal": len(journal),
