@@ -132,7 +132,7 @@ GRID = (
 )
 # None of them is in the grid, and each mixes what is apart there.
 UNSEEN = (
-    Load("1 worker, 80 inline, pages of 20,000", 1, 20, inline=80, pages=6, entries=20_000),
+    Load("1 worker, 80 inline, pages of 5,000", 1, 20, inline=80, pages=6, entries=5_000),
     Load("2 workers, 40 process, 200 followers", 2, 20, process=40, length=0.3, followers=200, lines=30),
     Load("3 workers, 150 inline and 1.5 jobs/s", 3, 20, inline=150, length=0.5, paced=30),
 )
@@ -362,11 +362,11 @@ def rows(model: Model, points: Sequence[Point]) -> list[Document]:
 # ---------------------------------------------------------------------- the run
 
 
-def measure(repetitions: int, keep: Callable[[Point], None]) -> str:
-    """All loads, and again; the kind of the server. Those of as many workers have one stand."""
+def measure(groups: Sequence[int], repetitions: int, keep: Callable[[Point], None]) -> str:
+    """All loads with so many workers, and again; the kind of the server. Each group has one stand."""
     kind = ""
     for number in range(repetitions):
-        for workers in sorted({load.workers for load in (*GRID, *UNSEEN)}):
+        for workers in groups:
             with stand(workers) as here:
                 kind = here.kind
                 warm = Load("warm", workers, 0, inline=WARM * workers, process=WARM * workers)
@@ -414,10 +414,15 @@ def main() -> None:
     """Measure, fit, predict; print the table, write the JSON."""
     parser = argparse.ArgumentParser(prog="python -m tests.bench.model", description=__doc__)
     parser.add_argument("--repetitions", type=int, default=2, help="of all points (default: 2)")
-    parser.add_argument("--fit", type=Path, help="measure nothing: fit the points of this file once more")
+    parser.add_argument("--workers", type=int, action="append", help="only loads with so many; repeatable")
+    parser.add_argument(
+        "--points", type=Path, action="append", default=[], help="file of an earlier run, too"
+    )
+    parser.add_argument("--fit", action="store_true", help="measure nothing, only fit what --points names")
     parser.add_argument("--json", type=Path, help="file for the numbers, written after each point")
     options = parser.parse_args()
-    points = read(options.fit) if options.fit else []
+    points = [point for path in options.points for point in read(path)]
+    groups = options.workers or sorted({load.workers for load in (*GRID, *UNSEEN)})
     facts: Document = {"python": platform.python_version(), "cores": os.cpu_count()}
 
     def keep(point: Point) -> None:
@@ -430,10 +435,12 @@ def main() -> None:
             options.json.write_text(json.dumps({**facts, **more}, indent=1) + "\n")
 
     if not options.fit:
-        facts["server"] = measure(options.repetitions, keep)
+        facts["server"] = measure(groups, options.repetitions, keep)
     model = model_of(points)
     found = rows(model, points)
-    print(f"\n{facts.get('server', options.fit)}, {facts['cores']} cores, n = {len(points)} points")
+    print(
+        f"\n{facts.get('server', 'points of earlier runs')}, {facts['cores']} cores, n = {len(points)} points"
+    )
     print(table(model, found))
     kept = [asdict(each) for each in points]
     write({"pace": model.pace, "costs": model.costs, "rows": found, "full": model.full(), "points": kept})

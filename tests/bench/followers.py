@@ -1,4 +1,4 @@
-"""``python -m tests.bench.crowd``: thousands of followers that hear nothing, and some that never read.
+"""``python -m tests.bench.followers``: thousands of followers that hear nothing, and some that never read.
 
 Each has an API process of its own. `idle`: what a follower costs in memory and connections to the database, a
 GET beside them, one line to all of them, and the end of the process with all of them open. `stalled`: a job
@@ -152,7 +152,7 @@ def _deaf(port: int, wire: bytes) -> socket.socket:
 
 def main() -> None:
     """Measure, print the table, write the JSON."""
-    parser = argparse.ArgumentParser(prog="python -m tests.bench.crowd", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tests.bench.followers", description=__doc__)
     parser.add_argument("probes", nargs="*", help="idle, stalled (default: both)")
     parser.add_argument("--followers", type=int, default=5_000, help="that hear nothing (default: 5000)")
     parser.add_argument("--stalled", type=int, default=200, help="that never read (default: 200)")
