@@ -46,13 +46,14 @@ TERMS: Mapping[str, Sequence[str]] = {
         "inline_job",
         "inline_call",
         "process_job",
+        "job_second",
         "job_heard",
         "post",
         "line",
         "page",
         "entry_read",
     ),
-    "worker": ("worker_second", "inline_job", "inline_call", "process_job", "job_heard"),
+    "worker": ("worker_second", "inline_job", "inline_call", "process_job", "job_second", "job_heard"),
     "api": ("second", "job", "post", "line", "frame", "page"),
 }
 MEANING = {
@@ -62,6 +63,7 @@ MEANING = {
     "inline_call": "the calls of an inline job, shared with those that are under way with it",
     "process_job": "a job in a process, many under way",
     "job": "a job that a worker runs: its changes are heard",
+    "job_second": "a second of a job's body: its lease is renewed",
     "job_heard": "a job's changes, heard by one worker",
     "post": "an enqueue over HTTP",
     "line": "a line of a followed job, stored and read once",
@@ -102,6 +104,7 @@ class Load:
             "inline_call": self.inline / SLOTS + paced,
             "process_job": self.process,
             "job": self.jobs,
+            "job_second": self.jobs * self.length,
             "job_heard": self.jobs * self.workers,
             "post": self.paced,
             "line": self.lines,
@@ -316,6 +319,9 @@ class Model:
                     "at": _rate(1 - idle, db["process_job"] + heard),
                 },
             ]
+        rows.append(
+            {"full": "enqueues/s over HTTP, nobody runs them", "at": _rate(1 - db["second"], db["post"])}
+        )
         rows.append({"full": "idle workers", "at": _rate(1 - db["second"], db["worker_second"])})
         for followers in (100, 1_000, 10_000):
             cost = api["line"] + api["frame"] * followers
@@ -400,7 +406,7 @@ def table(model: Model, found: Sequence[Document]) -> str:
         )
     lines.append("\none core is full at")
     for row in model.full():
-        lines.append(f"  {row['full']:50}" + ("-" if row["at"] is None else f"{row['at']:>10,.1f}"))
+        lines.append(f"  {row['full']:50}" + ("-" if row["at"] is None else f"{row['at']:>12,.2f}"))
     return "\n".join(lines)
 
 
