@@ -368,17 +368,17 @@ def rows(model: Model, points: Sequence[Point]) -> list[Document]:
 # ---------------------------------------------------------------------- the run
 
 
-def measure(groups: Sequence[int], repetitions: int, keep: Callable[[Point], None]) -> str:
-    """All loads with so many workers, and again; the kind of the server. Each group has one stand."""
+def measure(loads: Sequence[Load], repetitions: int, keep: Callable[[Point], None]) -> str:
+    """These loads, and again; the kind of the server. Those with as many workers have one stand."""
     kind = ""
     for number in range(repetitions):
-        for workers in groups:
+        for workers in sorted({load.workers for load in loads}):
             with stand(workers) as here:
                 kind = here.kind
                 warm = Load("warm", workers, 0, inline=WARM * workers, process=WARM * workers)
                 numbers = count(1)
                 Driver(here, warm, numbers).point(unseen=False)
-                for load in (each for each in (*GRID, *UNSEEN) if each.workers == workers):
+                for load in (each for each in loads if each.workers == workers):
                     point = Driver(here, load, numbers).point(unseen=load in UNSEEN)
                     keep(point)
                     print(f"{number + 1}: {told(point)}", flush=True)
@@ -428,7 +428,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file for the numbers, written after each point")
     options = parser.parse_args()
     points = [point for path in options.points for point in read(path)]
-    groups = options.workers or sorted({load.workers for load in (*GRID, *UNSEEN)})
+    loads = UNSEEN if options.unseen else (*GRID, *UNSEEN)
+    loads = tuple(load for load in loads if not options.workers or load.workers in options.workers)
     facts: Document = {"python": platform.python_version(), "cores": os.cpu_count()}
 
     def keep(point: Point) -> None:
@@ -441,7 +442,7 @@ def main() -> None:
             options.json.write_text(json.dumps({**facts, **more}, indent=1) + "\n")
 
     if not options.fit:
-        facts["server"] = measure(groups, options.repetitions, keep)
+        facts["server"] = measure(loads, options.repetitions, keep)
     model = model_of(points)
     found = rows(model, points)
     print(
