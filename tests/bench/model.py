@@ -428,8 +428,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file for the numbers, written after each point")
     options = parser.parse_args()
     points = [point for path in options.points for point in read(path)]
-    loads = UNSEEN if options.unseen else (*GRID, *UNSEEN)
-    loads = tuple(load for load in loads if not options.workers or load.workers in options.workers)
+    offered: Sequence[Load] = UNSEEN if options.unseen else (*GRID, *UNSEEN)
+    loads = [load for load in offered if not options.workers or load.workers in options.workers]
     facts: Document = {"python": platform.python_version(), "cores": os.cpu_count()}
 
     def keep(point: Point) -> None:
