@@ -266,7 +266,7 @@ class Driver:
             time.sleep(max(start + gap - time.monotonic(), 0.0))
 
     def _wait(self) -> None:
-        """Until no job waits or runs. A look into the queue is cheap; a count of the journal reads all of it."""
+        """Until no job waits or runs. This look is cheap; a count of the journal would read all of it."""
         end = time.monotonic() + PATIENCE
         while self.load.jobs and self.here.tables[QUEUE].find_one({"namespace": "DEFAULT"}, {"_id": 1}):
             if time.monotonic() > end:
