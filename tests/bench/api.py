@@ -40,7 +40,7 @@ from core4.users import UserStore
 from tests.bench.sockets import ask, listening, request
 from tests.helpers import ADMIN, ROOT, Command, eventually, free_port, program
 
-CLIENTS = int(os.environ.get("BENCH_CLIENTS", "2000"))
+CLIENTS = 2_000
 CONNECTIONS = 32
 EVENTS = 50
 JOB = "bench.Job"
@@ -74,6 +74,7 @@ class Bench:
 
     def __init__(self, loop: asyncio.Runner, database: Database, api: Server, bare: Server) -> None:
         self.loop, self.database, self.api, self.bare = loop, database, api, bare
+        self.clients = CLIENTS  # that follow
         self.queue, self.logs = JobQueue(database, Settings()), LogStore(database)
         self.owner = Owner("bench", "bench@here", "here", os.getpid())
         self.n = 0
@@ -135,15 +136,15 @@ class Bench:
     # ------------------------------------------------------------------ streams
 
     def followed(self) -> Values:
-        """Two thousand followers of one job: their memory, one line to all, and fifty."""
+        """Followers of one job: their memory, one line to all, and fifty."""
         return _beside("sse", self._followed(), self._listened())
 
     def _listened(self) -> Values:
         before = self.bare.memory
-        with listening(self.bare.port, request("GET", "/events", {}), CLIENTS) as clients:
+        with listening(self.bare.port, request("GET", "/events", {}), self.clients) as clients:
             values = {"connect_s": clients.connect_seconds}
             clients.drain(0.5)
-            values["kb"] = (self.bare.memory - before) / CLIENTS / 1024
+            values["kb"] = (self.bare.memory - before) / self.clients / 1024
 
             def publish(events: int) -> float:
                 cpu, start = self.bare.cpu, time.perf_counter()
@@ -152,11 +153,11 @@ class Bench:
                     clients.wait_for(b"event: log\n", events)
                     seconds = time.perf_counter() - start
                     asking.recv(4096)
-                values["cpu_us"] = (self.bare.cpu - cpu) / CLIENTS / events * 1e6
+                values["cpu_us"] = (self.bare.cpu - cpu) / self.clients / events * 1e6
                 return seconds
 
             values["one_ms"] = statistics.median(publish(1) for _ in range(5)) * 1000
-            values["rate"] = CLIENTS * EVENTS / publish(EVENTS)
+            values["rate"] = self.clients * EVENTS / publish(EVENTS)
         return values
 
     def _followed(self) -> Values:
@@ -167,11 +168,11 @@ class Bench:
                 b"event: state\n", 2
             )  # what these make the process load is no memory of the others
         before = self.api.memory
-        with listening(self.api.port, wire, CLIENTS) as clients:
+        with listening(self.api.port, wire, self.clients) as clients:
             values = {"connect_s": clients.connect_seconds}
             clients.wait_for(b"event: state\n", 2)
             clients.drain(0.5)
-            values["kb"] = (self.api.memory - before) / CLIENTS / 1024
+            values["kb"] = (self.api.memory - before) / self.clients / 1024
             seq = job.fence << 32
 
             def append(chunks: int, lines: int) -> float:
@@ -183,12 +184,12 @@ class Bench:
                     seq += lines
                     self.loop.run(self.logs.append(job, "here", some))
                 clients.wait_for(b"event: log\n", chunks * lines)
-                values["cpu_us"] = (self.api.cpu - cpu) / CLIENTS / chunks / lines * 1e6
+                values["cpu_us"] = (self.api.cpu - cpu) / self.clients / chunks / lines * 1e6
                 return time.perf_counter() - start
 
             values["one_ms"] = statistics.median(append(1, 1) for _ in range(5)) * 1000
-            values["chunk_rate"] = CLIENTS * EVENTS / append(1, EVENTS)
-            values["rate"] = CLIENTS * EVENTS / append(EVENTS, 1)
+            values["chunk_rate"] = self.clients * EVENTS / append(1, EVENTS)
+            values["rate"] = self.clients * EVENTS / append(EVENTS, 1)
             cpu = self.api.cpu
             time.sleep(5)
             values["idle_cpu"] = (self.api.cpu - cpu) / 5
@@ -271,12 +272,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.api", description=__doc__)
     parser.add_argument("probes", nargs="*", help="answered, enqueued, followed (default: all)")
     parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--followers", type=int, default=CLIENTS, help=f"of one job (default: {CLIENTS})")
     parser.add_argument("--json", type=Path, help="file for the numbers")
     options = parser.parse_args()
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     found: dict[str, list[float]] = {}
     with _running() as (bench, server):
+        bench.clients = options.followers
         for _ in range(options.repetitions):
             for name in options.probes or ("answered", "enqueued", "followed"):
                 for key, value in getattr(bench, name)().items():

@@ -79,18 +79,20 @@ class Listeners:
     def __init__(self, port: int, wire: bytes, count: int) -> None:
         self._poll = select.epoll()
         self._peers: dict[int, socket.socket] = {}
+        self._early: dict[int, bytes] = {}  # what came together with the head of an answer
         self.count = count
         start = time.perf_counter()
         for _ in range(count):
             peer = socket.create_connection(("127.0.0.1", port), timeout=LIMIT)
             peer.sendall(wire)
             self._peers[peer.fileno()] = peer
-        for peer in self._peers.values():
+        for number, peer in self._peers.items():
             head = b""
             while b"\r\n\r\n" not in head:
                 head += peer.recv(65536)
             if b" 200 " not in head.split(b"\r\n", 1)[0]:
                 raise RuntimeError(head.decode())
+            self._early[number] = head.partition(b"\r\n\r\n")[2]
         self.connect_seconds = time.perf_counter() - start
         for number, peer in self._peers.items():
             peer.setblocking(False)
@@ -98,6 +100,7 @@ class Listeners:
 
     def drain(self, seconds: float) -> None:
         """Read and forget what comes until there is nothing for so long."""
+        self._early.clear()
         while ready := self._poll.poll(seconds):
             for number, _ in ready:
                 self._peers[number].recv(1 << 20)
@@ -106,16 +109,22 @@ class Listeners:
         """Until each has been sent `events` times what contains `mark`. A mark that is cut counts not."""
         left = events * self.count
         tails: dict[int, bytes] = {}
+
+        def take(number: int, data: bytes) -> int:
+            data = tails.get(number, b"") + data
+            cut = data.rfind(mark)
+            rest = data if cut < 0 else data[cut + len(mark) :]
+            tails[number] = rest[-(len(mark) - 1) :]
+            return data.count(mark)
+
+        early, self._early = self._early, {}
+        left -= sum(take(number, data) for number, data in early.items())
         end = time.perf_counter() + LIMIT
         while left > 0:
             if time.perf_counter() > end:
                 raise RuntimeError(f"{left} events have not come")
             for number, _ in self._poll.poll(1):
-                data = tails.get(number, b"") + self._peers[number].recv(1 << 20)
-                left -= data.count(mark)
-                cut = data.rfind(mark)
-                rest = data if cut < 0 else data[cut + len(mark) :]
-                tails[number] = rest[-(len(mark) - 1) :]
+                left -= take(number, self._peers[number].recv(1 << 20))
 
     def close(self) -> None:
         """End all connections."""

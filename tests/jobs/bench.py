@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 
 from core4 import CoreJob
@@ -59,3 +60,25 @@ class InlineLine(CoreJob):
 
     async def execute(self, n: int) -> None:
         self.logger.info("line %d", n)
+
+
+class Nap(CoreJob):
+    """Take so many seconds, and no processor."""
+
+    author = "tests"
+    qual_name = "tests.jobs.Nap"
+
+    def execute(self, n: int, seconds: float) -> None:
+        time.sleep(seconds)
+
+
+class InlineNap(CoreJob):
+    """The same, inline."""
+
+    author = "tests"
+    qual_name = "tests.jobs.InlineNap"
+    inline = True
+    max_parallel = None
+
+    async def execute(self, n: int, seconds: float) -> None:
+        await asyncio.sleep(seconds)

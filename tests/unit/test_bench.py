@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.bench.fit import fitted, predicted, solve
+from tests.bench.model import GRID, PARTS, TERMS, UNSEEN, Load, Point, model_of, rows
+from tests.bench.outage import verdict
 from tests.bench.peers.mark import MARKS, mark, marks
 from tests.bench.probes import Figure, Goal, middle, table
 from tests.bench.rivals import KINDS, Rival, rivals, versions
@@ -87,3 +90,55 @@ def test_a_service_that_is_not_there_is_left_out_with_the_reason(monkeypatch: py
 
 def test_all_peers_are_pinned() -> None:
     assert all("==" in line for line in versions())
+
+
+def test_a_fit_finds_the_costs_that_the_points_were_made_of() -> None:
+    costs = {"second": 0.01, "job": 0.5}
+    counts = [{"second": second, "job": job} for second, job in ((10.0, 0.0), (10.0, 20.0), (30.0, 5.0))]
+    found = fitted([(each, predicted(costs, each)) for each in counts], list(costs), least=0.1)
+    assert found == pytest.approx(costs)
+
+
+def test_nothing_costs_less_than_nothing() -> None:
+    points = [({"a": 1.0, "b": 0.0}, 1.0), ({"a": 1.0, "b": 1.0}, 0.9), ({"a": 2.0, "b": 0.0}, 2.0)]
+    found = fitted(points, ["a", "b"], least=0.1)
+    assert found["b"] == 0.0
+    assert 0.9 < found["a"] < 1.0
+
+
+def test_terms_that_always_occur_together_are_refused() -> None:
+    with pytest.raises(ValueError, match="apart"):
+        solve([[1.0, 2.0], [2.0, 4.0]], [1.0, 2.0])
+
+
+def test_the_grid_tells_all_terms_apart_and_predicts_what_is_not_in_it() -> None:
+    costs = {part: {term: 0.001 * (n + 1) for n, term in enumerate(TERMS[part])} for part in PARTS}
+
+    def point(load: Load, pace: float) -> Point:
+        seconds = load.seconds + 3.0
+        used = {part: predicted(costs[part], load.counts(seconds)) * pace for part in PARTS}
+        return Point(load, seconds, pace, used, unseen=load in UNSEEN)
+
+    # A machine that is half as fast at every other point: the pace takes it out.
+    points = [point(load, 1.0 + n % 2) for n, load in enumerate((*GRID, *UNSEEN))]
+    model = model_of(points)
+    unseen = [row for row in rows(model, points) if row["unseen"]]
+    assert len(unseen) == 3 * len(PARTS)
+    assert all(abs(row["error"]) < 0.001 for row in unseen)
+
+
+def test_an_outage_is_judged_by_what_was_acknowledged() -> None:
+    def row(key: str, n: int, *states: str, trial: int = 1) -> dict[str, object]:
+        history = [{"state": state} for state in states]
+        return {"_id": key, "args": {"n": n}, "state": states[-1], "history": history, "trial": trial}
+
+    journal = [
+        row("a", 1, "pending", "running", "complete"),
+        row("b", 2, "pending", "error"),
+        row("c", 3, "running", "complete"),
+        row("d", 3, "running", "complete"),
+        row("e", 9, "pending", "complete"),  # nobody was told of it
+    ]
+    found = verdict({"a": 1, "b": 2, "c": 3, "gone": 4}, journal, 0)
+    assert (found["lost"], found["incomplete"], found["journal"]) == (1, 1, 5)
+    assert found["twice"] == 1  # c and d did the same
