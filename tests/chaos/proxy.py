@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 HEADER = struct.Struct("<iiii")
 RESET = struct.pack("ii", 1, 0)
 WRITES = (b"insert", b"update", b"delete", b"findAndModify")
-# What may happen to a request while the proxy is not calm, and how often in ten thousand. Each break makes the
-# driver forget all connections of its process for half a second: with twice as many nothing at all goes on.
+# What may happen to a request while the proxy is not calm, and how often in ten thousand. Each break makes a
+# driver forget all its connections for half a second: with twice as many of them nothing at all goes on.
 RATES = {
     "delay": 300,
     "lost request": 10,
