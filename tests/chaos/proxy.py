@@ -18,16 +18,15 @@ from dataclasses import dataclass, field
 HEADER = struct.Struct("<iiii")
 RESET = struct.pack("ii", 1, 0)
 WRITES = (b"insert", b"update", b"delete", b"findAndModify")
-# What may happen to a request while the proxy is not calm, and how often in ten thousand. Each break makes a
-# driver forget all its connections for half a second: with twice as many of them nothing at all goes on.
+# What may happen to a request while the proxy is not calm, and how often in ten thousand.
 RATES = {
     "delay": 300,
-    "lost request": 10,
-    "half request": 10,
-    "lost reply": 40,
-    "half reply": 10,
-    "half close": 10,
-    "black hole": 5,
+    "lost request": 20,
+    "half request": 20,
+    "lost reply": 60,
+    "half reply": 20,
+    "half close": 15,
+    "black hole": 10,
 }
 BLACK_HOLE = 2.0  # seconds before a black hole ends in a reset
 

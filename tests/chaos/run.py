@@ -38,10 +38,12 @@ from tests.helpers import FAST, ROOT, free_port, marked, quick_folder
 WORKERS, APIS, CLIENTS, SLOTS = 3, 2, 12, 12
 JOBS = (ROOT / "tests/chaos/jobs.py", ROOT / "tests/jobs/inline.py", ROOT / "tests/chaos/chained.py")
 SCHEDULERS = 2  # of the workers
-KILL_EVERY, DATABASE_EVERY, PAUSE_EVERY = 2.0, 20.0, 9.0
+KILL_EVERY, DATABASE_EVERY, PAUSE_EVERY = 2.0, 20.0, 15.0
 MOST_OPEN = 120  # jobs: the clients wait above it, so that they, too, are there for the whole of the run
 CALM_BELOW = 40  # open jobs; the last ones end in peace
-STORM, CALM = 3.0, 7.0  # seconds with and without network faults
+# Seconds with and without network faults. Each break makes a driver forget all its connections for half a
+# second, so that in a storm hardly anything goes on: it has to be short to hit many different moments.
+STORM, CALM = 2.0, 8.0
 PAUSE = 5.0  # seconds: past the death limit of the test timings
 HEALED = 150.0  # seconds until everything must be final: 3 s death limit, 3 crashes, and a slow machine
 LEAST = {"holders killed": 30, "rescues": 10, "refused writes": 10, "reset inside a write": 10}
