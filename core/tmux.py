@@ -19,8 +19,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from signal import SIGCHLD
 
 import psutil
 
@@ -136,6 +138,9 @@ class Windows:
         """The windows with a worker; those of workers that have just ended, too."""
         done = self._run("list-windows", "-t", SESSION, "-F", _FORMAT)
         windows = [Window(line) for line in done.stdout.splitlines()] if done.returncode == 0 else []
+        for window in windows:
+            if window.dead and not window.ended:
+                _remind(window.pid)
         return [window for window in windows if window.launch]
 
     @property
@@ -213,6 +218,14 @@ class Windows:
                 "tmux is not installed: install the package tmux, or run the workers as child processes "
                 "(`core4 worker --processes N`)"
             )
+
+
+def _remind(pid: int) -> None:
+    """Have tmux ask how a child of its has ended: on a busy machine it misses that now and then, for good."""
+    with suppress(psutil.Error):
+        parent = psutil.Process(pid).parent()
+        if parent is not None and parent.name().startswith("tmux"):
+            parent.send_signal(SIGCHLD)
 
 
 def _toml(settings: Settings) -> str:
