@@ -10,7 +10,6 @@ import argparse
 import asyncio
 import json
 import os
-import platform
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -18,12 +17,10 @@ from contextlib import AsyncExitStack, ExitStack
 from pathlib import Path
 from typing import Any
 
-from pymongo import MongoClient
-
-from core4.embedded import EmbeddedServer
 from tests.bench.engine import SLOTS, Engine
 from tests.bench.probes import Goal, figures, table
 from tests.bench.rivals import Rival, rivals, versions
+from tests.bench.server import server
 
 Document = dict[str, Any]
 
@@ -55,17 +52,6 @@ async def bench(options: argparse.Namespace, url: str, peers: Mapping[str, Rival
         }
 
 
-def server_of(url: str) -> str:
-    """What the server says it is."""
-    client: MongoClient[Document] = MongoClient(url)
-    info = client.admin.command("buildInfo")
-    client.close()
-    secantus = info.get("secantusVersion")
-    return (
-        f"SecantusDB {secantus} ({info.get('gitVersion', '')})" if secantus else f"mongod {info['version']}"
-    )
-
-
 def main() -> None:
     """Measure, print the table, write the JSON."""
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
@@ -88,19 +74,8 @@ def main() -> None:
     # Else each fresh interpreter compiles the product again, which an installed one never does.
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     with ExitStack() as stack:
-        url, kind = os.environ.get("CORE4_MONGO_URL", ""), "CORE4_MONGO_URL"
-        if not url:
-            home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="core4-bench-")))
-            server = stack.enter_context(EmbeddedServer(home))
-            url, kind = server.url, server.kind
-        facts: Document = {
-            "server": f"{kind}: {server_of(url)}",
-            "repetitions": options.repetitions,
-            "drain": options.drain,
-            "python": platform.python_version(),
-            "cores": os.cpu_count(),
-            "load": os.getloadavg()[0],
-        }
+        url, about = server(stack)
+        facts: Document = {**about, "repetitions": options.repetitions, "drain": options.drain}
         peers: dict[str, Rival] = {}
         if options.peers:
             peers, facts["skipped_peers"] = rivals(stack, SLOTS, options.drain)

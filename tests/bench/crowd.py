@@ -17,9 +17,7 @@ import asyncio
 import json
 import math
 import os
-import platform
 import statistics
-import tempfile
 import threading
 import time
 import uuid
@@ -39,13 +37,12 @@ from core4.claims import stir
 from core4.config import Settings
 from core4.controls import CONTROL
 from core4.database import AWAIT, Database
-from core4.embedded import EmbeddedServer
 from core4.jobs import Job, JobOrder, Kind, Owner
 from core4.queues import JobQueue
 from core4.registry import WORKER, WorkerRegistry
 from core4.retries import Outcome
 from core4.store import QUEUE
-from tests.bench.__main__ import server_of
+from tests.bench.server import server
 
 Document = dict[str, Any]
 T = TypeVar("T")
@@ -377,17 +374,7 @@ def main() -> None:
     monitoring.register(tally)
     rows = []
     with ExitStack() as stack:
-        url, kind = os.environ.get("CORE4_MONGO_URL", ""), "CORE4_MONGO_URL"
-        if not url:
-            home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="core4-bench-")))
-            server = stack.enter_context(EmbeddedServer(home))
-            url, kind = server.url, server.kind
-        facts: Document = {
-            "server": f"{kind}: {server_of(url)}",
-            "python": platform.python_version(),
-            "cores": os.cpu_count(),
-            "load": os.getloadavg()[0],
-        }
+        url, facts = server(stack)
         for workers in options.workers:
             for herd in options.herd:
                 rows.append(asyncio.run(measure(url, tally, workers, herd == "on", options)))
