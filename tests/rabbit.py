@@ -95,14 +95,21 @@ class Rabbit:
     def start_app(self) -> None:
         self._ctl("start_app")
 
-    def _ctl(self, command: str) -> None:
-        subprocess.run(
-            [rabbit_program("rabbitmqctl"), "-n", self._name, command],
+    def unsettled(self, queue: str) -> int:
+        """How many messages of a queue wait or are held by a consumer; no client is told of the latter."""
+        listed = self._ctl("--quiet", "--no-table-headers", "list_queues", "name", "messages")
+        return {name: int(count) for name, count in map(str.split, listed.splitlines())}[queue]
+
+    def _ctl(self, *command: str) -> str:
+        done = subprocess.run(
+            [rabbit_program("rabbitmqctl"), "-n", self._name, *command],
             env=self._environ,
             check=True,
             capture_output=True,
+            text=True,
             timeout=180,
         )
+        return done.stdout
 
 
 class Cutter:

@@ -101,7 +101,7 @@ async def test_restarts_and_cuts_lose_and_double_nothing(
         await reach(database, 950, timeout=200, every=0.2)
 
         async def all_settled() -> bool:
-            return await size(rabbit.url, queue_name) == 0
+            return await asyncio.to_thread(rabbit.unsettled, queue_name) == 0
 
         await eventually_async(all_settled, 120)
 
