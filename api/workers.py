@@ -98,6 +98,12 @@ def _names(names: list[Any]) -> None:
         raise ValidationError("a list of names is expected")
 
 
+def _rooms(rooms: dict[str, Any]) -> None:
+    _names(list(rooms))
+    if not all(type(room) is int and 0 <= room < 2**31 for room in rooms.values()):
+        raise ValidationError("numbers of jobs from 0 to 2,147,483,647 are expected")
+
+
 def _texts(values: list[Any] | None) -> None:
     if not all(isinstance(value, str) for value in values or ()):
         raise ValidationError("a list of texts is expected")
@@ -166,7 +172,7 @@ class Claim(Arguments):
     """What it has room for."""
 
     limit = _must(Int, validate=validate.Range(1, 1000))
-    full = _must(List, validate=_names)
+    rooms = _must(Dict, validate=_rooms)
     forced = _must(Bool)
     awaited = _must(Bool)
 

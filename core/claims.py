@@ -27,9 +27,11 @@ from core4.states import WAITING
 from core4.store import QUEUE, JobStore, readable
 
 _NO_CONTROLS = Controls()
+_ANY: Mapping[str, int] = {}
 PEEK = 64  # candidates read at once where the server cannot limit a scan
 WOKEN = 64  # jobs of a name read and woken at once
 END = 2**63 - 1  # no rank is above it
+_MANY = 2**31
 
 
 class Claimed(list[Job]):
@@ -90,7 +92,7 @@ class Claims:
         *,
         namespaces: Sequence[str],
         limit: int = 1,
-        full: Collection[str] = (),
+        rooms: Mapping[str, int] = _ANY,
         forced: bool = False,
         awaited: bool = False,
         pinned: bool = True,
@@ -98,12 +100,13 @@ class Claims:
     ) -> Claimed:
         """Up to `limit` due jobs of `namespaces`, now held by `owner`, first in line first.
 
-        `full` are names of jobs that this worker must not start now, `controls` is what operators hold
+        `rooms` says of how many jobs of a name this worker has room for, `controls` is what operators hold
         back. With `forced` only jobs with force are taken: they are the first in rank, so the same index
         gives them. With `awaited` only jobs that somebody waits for. Without `pinned` those that are for
         this worker alone, which stand in no line, are not looked for.
         """
-        where: Document = {"name": {"$nin": list(full)}} if full else {}
+        full = [name for name, room in rooms.items() if room <= 0]
+        where: Document = {"name": {"$nin": full}} if full else {}
         if awaited:
             where["awaited"] = True
         if forced:
@@ -111,7 +114,7 @@ class Claims:
         namespaces = controls.opened(namespaces)
         while True:
             claimed, paused, again = await self._claim_some(
-                owner, namespaces, where, limit, controls, pinned=pinned
+                owner, namespaces, where, limit, controls, rooms=rooms, pinned=pinned
             )
             for name in paused:
                 await self.park(name)
@@ -129,6 +132,7 @@ class Claims:
         limit: int,
         controls: Controls,
         *,
+        rooms: Mapping[str, int],
         pinned: bool,
     ) -> tuple[Claimed, set[str], bool]:
         """Some due jobs, the paused names that were met, and whether others left the line."""
@@ -144,9 +148,10 @@ class Claims:
             candidates = sorted([*own, *waiting], key=lambda doc: doc["rank"])
             paused = {doc["name"] for doc in candidates if controls.of_name(doc["name"])}
             free = [doc for doc in candidates if doc["name"] not in paused]
-            held = await self.take(owner, free, limit)
+            line = _fitting(free, rooms)
+            held = await self.take(owner, line, limit)
             taken = [await self.admitted(job) for job in held]
-            more = more or self._raced or len(held) >= limit
+            more = more or self._raced or len(held) >= limit or len(line) < len(free)
             found = Claimed([job for job in taken if job is not None], more=more, pinned=more and bool(own))
             return found, paused, bool(paused) or None in taken
         found = Claimed(pinned=False)
@@ -378,3 +383,19 @@ class Claims:
         for job in readable(found):
             woken += await self._store.cas(job, transitions.wake(job, "may be started again")) is not None
         return woken
+
+
+def _fitting(line: Sequence[Document], rooms: Mapping[str, int]) -> list[Document]:
+    """Those of the line for which a worker has room if it takes all of them.
+
+    A job may allow less beside itself than others of its name do: what is claimed in vain is given back.
+    """
+    left = dict(rooms)
+    fitting = []
+    for document in line:
+        name, most = document.get("name", ""), document.get("max_parallel")
+        room = min(left.get(name, _MANY), most if isinstance(most, int) else _MANY)
+        if room > 0:
+            fitting.append(document)
+        left[name] = room - 1
+    return fitting

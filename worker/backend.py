@@ -6,7 +6,7 @@ that have no access to it. Leases, fences and heartbeats are the same behind bot
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any, Protocol
 
@@ -117,7 +117,7 @@ class Backend(Protocol):
         *,
         namespaces: Sequence[str],
         limit: int,
-        full: Collection[str],
+        rooms: Mapping[str, int],
         forced: bool,
         awaited: bool,
         pinned: bool,

@@ -478,17 +478,14 @@ class Worker:
             return Claimed()
         if self._paused or self._controls.of_worker(self.owner.worker):
             return Claimed()
-        # All may be of the one name that has the least room: none is claimed to be given back.
-        options = {name: entry["options"] for name, entry in self._loaded.entries.items()}
-        limit = min([free, *self._slots.rooms({name: one["max_parallel"] for name, one in options.items()})])
         pinned, self._pinned = self._pinned or self._work.quiet or not self._backend.is_live(), False
         controls = self._controls
-        with self._slots.reserved(limit):
+        with self._slots.reserved(free):
             claimed = await self._backend.claim(
                 self.owner,
                 namespaces=self._namespaces,
-                limit=limit,
-                full=self._slots.full_names() | self._foreign,
+                limit=free,
+                rooms={**self._slots.rooms(), **dict.fromkeys(self._foreign, 0)},
                 forced=self._gate.reason is not None,
                 awaited=self._slots.lent >= self._settings.max_waiting,
                 pinned=pinned,
@@ -606,7 +603,7 @@ class Worker:
             first = f"{errors[0]['pointer']}: {errors[0]['message']}"
             return f"{self.owner.worker} has another signature of {job.name}: {first}"[:500]
         # Several of one name may come with one claim.
-        return "max_parallel" if job.name in self._slots.full_names() else None
+        return "max_parallel" if self._slots.is_full(job.name) else None
 
     def _delay(self, job_id: ObjectId) -> float:
         """Seconds until a refused job is due again: longer each time, somebody else may take it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -131,7 +131,7 @@ class Direct:
         *,
         namespaces: Sequence[str],
         limit: int,
-        full: Collection[str],
+        rooms: Mapping[str, int],
         forced: bool,
         awaited: bool,
         pinned: bool,
@@ -141,7 +141,7 @@ class Direct:
             owner,
             namespaces=namespaces,
             limit=limit,
-            full=full,
+            rooms=rooms,
             forced=forced,
             awaited=awaited,
             pinned=pinned,

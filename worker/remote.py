@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from types import TracebackType
@@ -242,13 +242,13 @@ class Remote:
         *,
         namespaces: Sequence[str],
         limit: int,
-        full: Collection[str],
+        rooms: Mapping[str, int],
         forced: bool,
         awaited: bool,
         pinned: bool,
         controls: Controls,
     ) -> Claimed:
-        room = {"limit": limit, "full": sorted(full), "forced": forced, "awaited": awaited}
+        room = {"limit": limit, "rooms": dict(rooms), "forced": forced, "awaited": awaited}
         rows = await self._ask(owner, "claim", **room)
         return Claimed(map(Job.from_document, rows))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from bson import ObjectId
@@ -37,20 +37,19 @@ class Slots:
         """Jobs that wait for others and have lent their slot."""
         return len(self._lenders)
 
-    def rooms(self, most: Mapping[str, int | None]) -> list[int]:
-        """How many more of each of these names may run, of those that are limited and not full."""
+    def rooms(self) -> dict[str, int]:
+        """How many more of each name that is limited and runs may run; those that wait do not count."""
         running = Counter(job.name for job in self._holders.values())
-        rooms = [limit - running[name] for name, limit in most.items() if limit is not None]
-        return [room for room in rooms if room > 0]
+        rooms: dict[str, int] = {}
+        for job in self._holders.values():
+            if job.max_parallel is not None:
+                left = max(0, job.max_parallel - running[job.name])
+                rooms[job.name] = min(left, rooms.get(job.name, left))
+        return rooms
 
-    def full_names(self) -> set[str]:
-        """The names of which as many run as they allow; those that wait do not count."""
-        running = Counter(job.name for job in self._holders.values())
-        return {
-            job.name
-            for job in self._holders.values()
-            if job.max_parallel is not None and running[job.name] >= job.max_parallel
-        }
+    def is_full(self, name: str) -> bool:
+        """True if as many of a name run as they allow."""
+        return self.rooms().get(name) == 0
 
     @contextmanager
     def reserved(self, count: int) -> Iterator[None]:
@@ -100,7 +99,7 @@ class Slots:
         """Give what is free to those that want to continue."""
         for job_id, returning in list(self._returning.items()):
             job = self._lenders.get(job_id)
-            if job is None or returning.done() or self.free <= 0 or job.name in self.full_names():
+            if job is None or returning.done() or self.free <= 0 or self.is_full(job.name):
                 continue
             self._holders[job_id] = self._lenders.pop(job_id)
             returning.set_result(None)

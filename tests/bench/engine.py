@@ -63,7 +63,7 @@ class Engine:
         self.database: Database
         self.queue: JobQueue
         self.launcher: Launcher
-        self.entry: Mapping[str, Any]
+        self.entries: Mapping[str, Mapping[str, Any]]
         self.forks: subprocess.Popen[str]
         self.inline = Figure("inline job drained", self.drain("tests.jobs.InlineStamp", drained))
         self.process = Figure("process job drained", self.drain("tests.jobs.Stamp", drained // 4))
@@ -81,6 +81,8 @@ class Engine:
         self.queue = JobQueue(self.database, settings)
         await self.queue.store.prepare()
         await self.database.ensure_indexes({"bare": INDEXES[QUEUE]})
+        (loaded,) = await self.launcher.load([str(JOBS)])
+        self.entries = {entry["_id"]: entry for entry in loaded.entries}
         for namespace, depth in (("SHALLOW", SHALLOW), ("DEEP", self.deep)):
             for start in range(0, depth, BULK):
                 rows = [self.document(namespace) for _ in range(min(BULK, depth - start))]
@@ -90,8 +92,6 @@ class Engine:
         )
         # In a thread: it reads the worker's output.
         await asyncio.to_thread(self.worker.wait_for, "ready", PATIENCE)
-        (loaded,) = await self.launcher.load([str(JOBS)])
-        self.entry = next(each for each in loaded.entries if each["_id"] == "tests.jobs.Noop")
         forks = [sys.executable, "-m", "tests.bench.forks"]
         self.forks = stack.enter_context(
             subprocess.Popen(forks, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -108,8 +108,16 @@ class Engine:
         return self.tables.get_collection("bare", write_concern=DURABLE)
 
     def order(self, name: str = "tests.jobs.Noop", namespace: str = "NOBODY") -> JobOrder:
-        args = {"n": next(self.numbers)}
-        return JobOrder(name=name, args=args, username="bench", unique=False, namespace=namespace)
+        entry = self.entries[name]
+        return JobOrder(
+            name=name,
+            args={"n": next(self.numbers)},
+            username="bench",
+            unique=False,
+            namespace=namespace,
+            options=entry["options"],
+            signature=entry["signature"],
+        )
 
     def document(self, namespace: str = "NOBODY", name: str = "tests.jobs.Noop") -> Document:
         return jobs.new_document(self.order(name, namespace), ObjectId(), utcnow())
@@ -268,7 +276,7 @@ class Engine:
             for _ in range(CLAIMS):
                 start = time.perf_counter()
                 process = await self.launcher.start(fresh=fresh)
-                await process.send(_process_order(self.entry))
+                await process.send(_process_order(self.entries["tests.jobs.Noop"]))
                 while (message := await protocol.read(process.channel)) is not None:
                     assert "failed" not in message, message
                 await process.wait()

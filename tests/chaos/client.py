@@ -165,11 +165,11 @@ class Actor:
 
     # ------------------------------------------------------------------ as a worker
 
-    async def claim(self, limit: int = 1, *, full: Sequence[str] = ()) -> list[Job]:
+    async def claim(self, limit: int = 1) -> list[Job]:
         """Claim up to `limit` jobs; each is an operation of its own, known only when it has succeeded."""
         number = self.history.invoke(self.owner.id, "claim", "")
         try:
-            jobs = await self.queue.claims.claim(self.owner, namespaces=["DEFAULT"], limit=limit, full=full)
+            jobs = await self.queue.claims.claim(self.owner, namespaces=["DEFAULT"], limit=limit)
         except PyMongoError as error:
             self.history.answer(number, "info", repr(error))
             return []

@@ -422,7 +422,7 @@ async def test_a_task_that_is_always_retried_is_handled_once_per_round(
         await ran(queue, fails=True)
         assert len(await all_of(database, name="t:handler")) == attempt // 2
         while len(await queue.store.queue.find({"name": "t:handler", "due": True}).to_list(None)):
-            (found,) = await queue.claims.claim(owner(), namespaces=["DEFAULT"], full=["t:job"])
+            (found,) = await queue.claims.claim(owner(), namespaces=["DEFAULT"], rooms={"t:job": 0})
             await queue.finish(await queue.start(found), Outcome.complete(None), log_seq=0)
     await ran(queue, {"at": "last"})
 

@@ -215,7 +215,7 @@ async def test_a_claim_tells_whether_another_may_find_more(queue: JobQueue) -> N
 
     assert await look(limit=2) == (2, True, True)  # one of them was its own: there may be others
     assert await look(limit=2) == (2, True, False)
-    assert await look(limit=2, full=["tests.Full"]) == (1, True, True)
+    assert await look(limit=2, rooms={"tests.Full": 0}) == (1, True, True)
     assert await look(limit=2) == (0, False, False)
     own = await queue.enqueue(order(5, options={"worker": "me@here"}))
     assert await look(limit=2, pinned=False) == (0, False, False)
@@ -227,9 +227,26 @@ async def test_other_namespaces_and_full_names_stay(queue: JobQueue) -> None:
     """A worker takes only from its namespaces, and no name that is at its limit here."""
     await queue.enqueue(order(namespace="other"))
     await queue.enqueue(order(name="tests.Full"))
-    assert await queue.claims.claim(owner(), namespaces=NAMESPACES, full={"tests.Full"}) == []
+    assert await queue.claims.claim(owner(), namespaces=NAMESPACES, rooms={"tests.Full": 0}) == []
     (job,) = await queue.claims.claim(owner(), namespaces=["x", "other"])
     assert job.namespace == "other"
+
+
+async def test_no_more_of_a_name_are_claimed_than_its_jobs_allow(queue: JobQueue) -> None:
+    """Each says itself beside how many of its name it may run."""
+    for n in range(4):
+        await queue.enqueue(order(n, options={"max_parallel": 2}))
+    other = await queue.enqueue(order(4, name="tests.Other", options={"max_parallel": None}))
+    where: Any = {"owner": owner(), "namespaces": NAMESPACES, "limit": 10}
+
+    first = await queue.claims.claim(**where, rooms={order().name: 1})
+    assert [job.args["n"] for job in first] == [0, 4]
+    assert first[-1].id == other.id
+    assert first.more
+    second = await queue.claims.claim(**where)
+    assert [job.args["n"] for job in second] == [1, 2]
+    assert second.more
+    assert [job.args["n"] for job in await queue.claims.claim(**where)] == [3]
 
 
 async def test_a_pinned_job_waits_for_its_worker(queue: JobQueue) -> None:
@@ -562,10 +579,10 @@ async def test_a_claim_of_forced_jobs_takes_no_other(queue: JobQueue) -> None:
     await queue.enqueue(order(105, options={"force": True, "worker": "you@here"}))
 
     where: dict[str, Any] = {"namespaces": ["DEFAULT", "other"], "forced": True}
-    claimed = await queue.claims.claim(me, **where, limit=10, full={"tests.Full"})
+    claimed = await queue.claims.claim(me, **where, limit=10, rooms={"tests.Full": 0})
     assert {job.id for job in claimed} == {low.id, high.id, mine.id}
     assert claimed[-1].id == low.id
-    assert await queue.claims.claim(me, namespaces=NAMESPACES, forced=True, full={"tests.Full"}) == []
+    assert await queue.claims.claim(me, namespaces=NAMESPACES, forced=True, rooms={"tests.Full": 0}) == []
     assert [job.id for job in await queue.claims.claim(me, **where, limit=10)] == [full.id]
     assert await queue.claims.claim(me, **where) == []
     while jobs := await queue.claims.claim(owner(), namespaces=NAMESPACES, limit=8):

@@ -227,7 +227,7 @@ async def test_a_worker_writes_its_own_jobs_and_no_others(house: House, manager:
     elsewhere = await house.queue.enqueue(
         make_order({"_id": "tests.Job", "namespace": "other", "unique": False}, {}, args_cap=1000)
     )
-    words = {"limit": 1, "full": [], "forced": False, "awaited": False}
+    words = {"limit": 1, "rooms": {}, "forced": False, "awaited": False}
     (held,), (theirs,) = await one.call("claim", **words), await other.call("claim", **words)
     assert {held["_id"], theirs["_id"]} == {mine, foreign}
     assert await one.call("claim", **words) == []
@@ -480,7 +480,7 @@ async def test_no_schema_makes_the_manager_fetch_an_address(
 async def held_by(one: Caller, house: House) -> tuple[ObjectId, dict[str, str], int]:
     """A job that it has started: its id, the words that name it, and its fence."""
     job_id = await house.enqueue("x", name="tests.Job")
-    (held,) = await one.call("claim", limit=1, full=[], forced=False, awaited=False)
+    (held,) = await one.call("claim", limit=1, rooms={}, forced=False, awaited=False)
     ids = {"job_id": str(job_id), "lease_id": held["lease"]["id"]}
     started = await one.call("start", **ids, pid=7)
     return job_id, ids, started["fence"]
@@ -506,7 +506,7 @@ async def test_a_token_ends_with_its_worker(house: House, manager: Api, end: str
         "serve": {"jobs": ["tests.Other"]},
         "controls": {},
         "wait": {"seconds": 0},
-        "claim": {"limit": 1, "full": [], "forced": False, "awaited": False},
+        "claim": {"limit": 1, "rooms": {}, "forced": False, "awaited": False},
         "start": {**ids, "pid": 1},
         "progress": {**ids, "value": 0.5, "message": "x"},
         "flag": {**ids, "what": "wall", "reason": "x"},
@@ -627,10 +627,11 @@ async def test_values_that_no_database_takes_are_a_bad_request(house: House, man
     assert (await one.login(pid=-1)).status == 400
     await one.login()
     await one.call("register", slots=1, jobs=["tests.Job"], version="1")
-    claim = {"limit": 1, "full": [], "forced": False, "awaited": False}
+    claim = {"limit": 1, "rooms": {}, "forced": False, "awaited": False}
     beat = {"running": 0, "draining": False, "paused": False, "gate": None}
     for what, words in (
-        ("claim", {**claim, "full": ["\ud800"]}),
+        ("claim", {**claim, "rooms": {"\ud800": 0}}),
+        ("claim", {**claim, "rooms": {"tests.Job": -1}}),
         ("beat", {**beat, "running": 2**70}),
         ("beat", {**beat, "gate": "\ud800"}),
         ("serve", {"jobs": ["\ud800"]}),

@@ -42,7 +42,7 @@ __all__ = ["site"]  # a fixture
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-CLAIM = {"limit": 1, "full": [], "forced": False, "awaited": False}
+CLAIM = {"limit": 1, "rooms": {}, "forced": False, "awaited": False}
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")

@@ -94,9 +94,9 @@ async def test_names_that_are_full() -> None:
     """Those that wait do not count, and who continues does not make them too many."""
     two, first, second = slots(2), job(max_parallel=1), job(max_parallel=1)
     two.take(first)
-    assert two.full_names() == {first.name}
+    assert two.rooms() == {first.name: 0}
     two.lend(first)
-    assert two.full_names() == set()
+    assert two.rooms() == {}
     two.take(second)
     back = asyncio.create_task(two.take_back(first))
     await settled()
