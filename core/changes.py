@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 
 SLACK = 1.0  # seconds that an answer on the stream may take longer than it has to
 GAP = 0.02  # seconds after a change in which more may gather: an answer costs a server as much as a write
+LONGEST_GAP = 0.1  # the same while changes come all the time
 POLL = 0.5  # seconds between two resyncs where the server has no change streams
 REOPEN = 60.0  # seconds until a refused change stream is tried again
 QUIET = 20  # pauses that pass between two looks without a hint while the feed is live
@@ -90,14 +91,17 @@ class ChangeFeed:
         async with self._database.watch(self._collections, self._token) as stream:
             # Whatever happened before the stream was open has been told to nobody.
             self._tell(Change("resync"))
+            gap = GAP
             while True:
-                self._heard = time.monotonic()
+                asked = self._heard = time.monotonic()
                 changes = await stream.next()
                 self._token = stream.resume_token
                 for change in changes:
                     self._tell(_change(change))
+                # What comes faster than it is asked for is no news to anybody who waits.
+                gap = min(gap * 2, LONGEST_GAP) if time.monotonic() - asked < GAP else GAP
                 if changes:
-                    await asyncio.sleep(GAP)
+                    await asyncio.sleep(gap)
 
     async def _refused(self, error: OperationFailure) -> None:
         self._token = None

@@ -33,6 +33,12 @@ WOKEN = 64  # jobs of a name read and woken at once
 END = 2**63 - 1  # no rank is above it
 _MANY = 2**31
 
+Begins = Callable[[Job], int | None]
+
+
+def _begins_later(job: Job) -> int | None:
+    return None
+
 
 class Claimed(list[Job]):
     """The jobs that one look has taken.
@@ -97,13 +103,15 @@ class Claims:
         awaited: bool = False,
         pinned: bool = True,
         controls: Controls = _NO_CONTROLS,
+        begins: Begins = _begins_later,
     ) -> Claimed:
         """Up to `limit` due jobs of `namespaces`, now held by `owner`, first in line first.
 
         `rooms` says of how many jobs of a name this worker has room for, `controls` is what operators hold
         back. With `forced` only jobs with force are taken: they are the first in rank, so the same index
         gives them. With `awaited` only jobs that somebody waits for. Without `pinned` those that are for
-        this worker alone, which stand in no line, are not looked for.
+        this worker alone, which stand in no line, are not looked for. `begins` says in which process a
+        job begins as soon as it is claimed; what has to be admitted first does not.
         """
         full = [name for name, room in rooms.items() if room <= 0]
         where: Document = {"name": {"$nin": full}} if full else {}
@@ -114,7 +122,7 @@ class Claims:
         namespaces = controls.opened(namespaces)
         while True:
             claimed, paused, again = await self._claim_some(
-                owner, namespaces, where, limit, controls, rooms=rooms, pinned=pinned
+                owner, namespaces, where, limit, controls, rooms=rooms, pinned=pinned, begins=begins
             )
             for name in paused:
                 await self.park(name)
@@ -134,6 +142,7 @@ class Claims:
         *,
         rooms: Mapping[str, int],
         pinned: bool,
+        begins: Begins,
     ) -> tuple[Claimed, set[str], bool]:
         """Some due jobs, the paused names that were met, and whether others left the line."""
         closed: Document = {"namespace": {"$nin": controls.closed}} if controls.closed else {}
@@ -149,7 +158,7 @@ class Claims:
             paused = {doc["name"] for doc in candidates if controls.of_name(doc["name"])}
             free = [doc for doc in candidates if doc["name"] not in paused]
             line = _fitting(free, rooms)
-            held = await self.take(owner, line, limit)
+            held = await self.take(owner, line, limit, begins)
             taken = [await self.admitted(job) for job in held]
             more = more or self._raced or len(held) >= limit or len(line) < len(free)
             found = Claimed([job for job in taken if job is not None], more=more, pinned=more and bool(own))
@@ -266,27 +275,31 @@ class Claims:
     async def _first(self, where: Document, count: int) -> list[Document]:
         return await self._store.queue.find(where).sort("rank", 1).limit(count).to_list(None)
 
-    async def take(self, owner: Owner, candidates: Sequence[Document], limit: int) -> list[Job]:
+    async def take(
+        self, owner: Owner, candidates: Sequence[Document], limit: int, begins: Begins = _begins_later
+    ) -> list[Job]:
         # What is in another state only a hand puts in line; see core4.doctor.
         line = [seen for seen in readable(candidates) if seen.state in WAITING]
         if self._raced or min(limit, len(line)) <= 1:
-            return await self._take_one_by_one(owner, line, limit)
-        wishes = [(seen, transitions.claim(seen, owner)) for seen in line[:limit]]
+            return await self._take_one_by_one(owner, line, limit, begins)
+        wishes = [(seen, _claim(seen, owner, begins)) for seen in line[:limit]]
         taken = await self._store.cas_many(wishes)
         jobs = [taken[seen.id] for seen, _ in wishes if seen.id in taken]
-        more = await self._take_one_by_one(owner, line[limit:], limit - len(jobs))
+        more = await self._take_one_by_one(owner, line[limit:], limit - len(jobs), begins)
         if len(jobs) < len(wishes):
             self._raced = True
         return jobs + more
 
-    async def _take_one_by_one(self, owner: Owner, line: Sequence[Job], limit: int) -> list[Job]:
+    async def _take_one_by_one(
+        self, owner: Owner, line: Sequence[Job], limit: int, begins: Begins
+    ) -> list[Job]:
         taken: list[Job] = []
         self._raced = False
         index = 0
         while index < len(line) and len(taken) < limit:
             seen = line[index]
             index += 1
-            job = await self._store.cas(seen, transitions.claim(seen, owner))
+            job = await self._store.cas(seen, _claim(seen, owner, begins))
             if job is None:
                 self._raced = True
                 index += random.randrange(3)  # others read the same line: do not race for each place in it
@@ -383,6 +396,12 @@ class Claims:
         for job in readable(found):
             woken += await self._store.cas(job, transitions.wake(job, "may be started again")) is not None
         return woken
+
+
+def _claim(seen: Job, owner: Owner, begins: Begins) -> transitions.Change:
+    # What may be put aside after its claim must not have begun.
+    free = not seen.slots() and seen.rate_limit is None
+    return transitions.claim(seen, owner, begins_in=begins(seen) if free else None)
 
 
 def _fitting(line: Sequence[Document], rooms: Mapping[str, int]) -> list[Document]:

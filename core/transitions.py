@@ -106,8 +106,12 @@ def entry(
     )
 
 
-def claim(seen: Job, owner: Owner) -> Change:
-    """`owner` takes a waiting job under a lease of its own making."""
+def claim(seen: Job, owner: Owner, *, begins_in: int | None = None) -> Change:
+    """`owner` takes a waiting job under a lease of its own making.
+
+    Args:
+        begins_in: the process in which the attempt begins with that, see `start`: no other write is needed.
+    """
     now = utcnow()
     lease = Lease(uuid.uuid4().hex, owner.id, now)
     note = jobs.entry(
@@ -126,6 +130,8 @@ def claim(seen: Job, owner: Owner) -> Change:
         "claims": seen.claims + 1,
         "locked": _locked(owner, now),
     }
+    if begins_in is not None:
+        fields |= {**_begun(seen, now), "locked": _locked(owner, now, begins_in)}
     return Change("claim", fields, unset=LINE, entry=note)
 
 
@@ -152,26 +158,27 @@ def claim_pipeline(owner: Owner) -> list[dict[str, Any]]:
     return [{"$set": fields}, {"$unset": list(LINE)}]
 
 
-def _locked(owner: Owner, now: datetime) -> dict[str, Any]:
+def _locked(owner: Owner, now: datetime, pid: int | None = None) -> dict[str, Any]:
     """What core4's readers know of the holder."""
-    return {"at": now, "heartbeat": now, "hostname": owner.hostname, "pid": None, "worker": owner.worker}
+    return {"at": now, "heartbeat": now, "hostname": owner.hostname, "pid": pid, "worker": owner.worker}
+
+
+def _begun(seen: Job, now: datetime) -> dict[str, Any]:
+    return {
+        "started_at": now,
+        "trial": seen.trial + 1,
+        "claims": 0,
+        "inactive_at": seen.inactive_at or now + timedelta(seconds=seen.defer_max),
+    }
 
 
 def start(seen: Job, lease: Lease, pid: int | None) -> Change | None:
     """The attempt begins; None if it has begun under this lease before."""
     require(seen, lease)
     if seen.claims == 0:
-        return None  # an earlier call did it and its reply was lost
+        return None  # the claim said so, or an earlier call did it and its reply was lost
     now = utcnow()
-    fields = {
-        "started_at": now,
-        "trial": seen.trial + 1,
-        "claims": 0,
-        "locked.pid": pid,
-        "locked.heartbeat": now,
-        "inactive_at": seen.inactive_at or now + timedelta(seconds=seen.defer_max),
-    }
-    return Change("start", fields)
+    return Change("start", {**_begun(seen, now), "locked.pid": pid, "locked.heartbeat": now})
 
 
 def flag(seen: Job, lease: Lease, what: Flag, reason: str) -> Change | None:

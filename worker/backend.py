@@ -14,7 +14,7 @@ from bson import ObjectId
 
 from core4.attendance import Contact
 from core4.changes import Listener
-from core4.claims import Claimed
+from core4.claims import Begins, Claimed
 from core4.controls import Controls
 from core4.errors import Core4Error, Unavailable
 from core4.jobs import Job, Owner
@@ -122,6 +122,7 @@ class Backend(Protocol):
         awaited: bool,
         pinned: bool,
         controls: Controls,
+        begins: Begins,
     ) -> Claimed:
         """Up to `limit` due jobs, now held by `owner`; see `core4.claims`."""
 

@@ -33,7 +33,7 @@ from core4.store import QUEUE
 from core4.waits import heard
 from core4.worker import functions, linux
 from core4.worker.backend import Backend, OwnerLost
-from core4.worker.executor import Execution
+from core4.worker.executor import Execution, is_inline
 from core4.worker.functions import Functions
 from core4.worker.gate import Gate
 from core4.worker.handle import Launcher, LauncherDied, Loaded, load_all
@@ -326,13 +326,16 @@ class Worker:
 
     async def _guard(self) -> None:
         """Give up everything by the own clock before anybody may declare this worker dead."""
-        patience = self._settings.dead_after * 5 / 6
         while True:
-            left = self._renewed + patience - time.monotonic()
+            left = self._time_left()
             if left > 0:
                 await asyncio.sleep(left)
             else:
                 await self._start_over(self.owner, "it could not renew its leases", hand_back=True)
+
+    def _time_left(self) -> float:
+        """Seconds for which nobody can have declared this worker dead."""
+        return self._renewed + self._settings.dead_after * 5 / 6 - time.monotonic()
 
     async def _start_over(self, owner: Owner, why: str, *, hand_back: bool = False) -> None:
         """End all jobs of a lost owner without a word, then go on as a new one.
@@ -434,8 +437,12 @@ class Worker:
         self._watch.hear(change)
         pinned = stir(self._work, change, self.owner, self._namespaces, self._crowd)
         self._pinned = self._pinned or pinned
-        flagged = change.fields.get("killed_at") is not None and change.id in self._executions
-        if flagged or (change.kind == "resync" and self._executions):
+        # What is being claimed may be flagged before it is known here.
+        flagged = change.fields.get("killed_at") is not None and (
+            change.id in self._executions or self._holding.locked()
+        )
+        resync = change.kind == "resync" and (self._executions or self._holding.locked())
+        if flagged or resync:
             self._look.set()
 
     def _crowd(self, namespace: str | None) -> int:
@@ -490,6 +497,7 @@ class Worker:
                 awaited=self._slots.lent >= self._settings.max_waiting,
                 pinned=pinned,
                 controls=controls,
+                begins=self._begins,
             )
             self._unsure = self._unsure or bool(claimed)
             for job in claimed:
@@ -556,6 +564,7 @@ class Worker:
             hostname=self._hostname,
             slots=self._slots,
             watch=self._watch,
+            time_left=self._time_left,
             functions=self._functions,
             local=self._local if self._is_local(entry) else None,
         )
@@ -564,6 +573,15 @@ class Worker:
         self._executions[job.id] = execution
         self._tasks[task] = job.id
         task.add_done_callback(self._on_execution_done)
+
+    def _begins(self, job: Job) -> int | None:
+        """The process in which a job begins as soon as it is claimed; None if there is none yet."""
+        entry = self._entry_of(job)
+        if entry is None or not is_inline(job, entry) or self._refusal(job, entry):
+            return None
+        if (job.max_crashes or self._settings.max_crashes) == 1:
+            return None  # it is not run again, so it must not have begun before its body can
+        return os.getpid() if self._is_local(entry) else self._hosts.pid
 
     def _is_local(self, entry: Mapping[str, Any]) -> bool:
         known = self._local is not None and entry["_id"] in self._local.entries

@@ -15,7 +15,7 @@ from core4.attendance import Contact
 from core4.catalogue import Catalogue
 from core4.changes import ChangeFeed, Listener
 from core4.children import call_child, ended_children, enqueue_child, kill_child
-from core4.claims import Claimed
+from core4.claims import Begins, Claimed
 from core4.config import Settings
 from core4.controls import CONTROL, Controls, ControlStore
 from core4.database import Database
@@ -136,6 +136,7 @@ class Direct:
         awaited: bool,
         pinned: bool,
         controls: Controls,
+        begins: Begins,
     ) -> Claimed:
         return await self._queue.claims.claim(
             owner,
@@ -146,6 +147,7 @@ class Direct:
             awaited=awaited,
             pinned=pinned,
             controls=controls,
+            begins=begins,
         )
 
     async def running(self, owner: Owner) -> list[Job]:

@@ -72,6 +72,7 @@ class Execution:
         hostname: str,
         slots: Slots,
         watch: Watch,
+        time_left: Callable[[], float],
         functions: Functions,
         local: Local | None = None,
     ) -> None:
@@ -81,7 +82,7 @@ class Execution:
         self._local = local
         self._entry, self._launcher, self._hosts = entry, launcher, hosts
         self._backend, self._settings, self._hostname = backend, settings, hostname
-        self._functions = functions
+        self._functions, self._time_left = functions, time_left
         self._prepared: Prepared | None = None  # of a shipped function
         self._children = Children(job, backend, hostname=hostname)
         self._calls = Calls(job, self._children, backend, watch, slots)
@@ -163,7 +164,7 @@ class Execution:
         return {
             "job_id": str(self.job.id),
             "job": self.job.name,
-            "attempt": self.job.trial + 1,
+            "attempt": self.job.trial + bool(self.job.claims),
             "lease": self.lease_id,
             "request_id": self.job.document.get("request_id"),
         }
@@ -198,6 +199,9 @@ class Execution:
             if self._prepared is not None:
                 # It may have been revoked while its process was made.
                 await self._persist(lambda: self._functions.source(self.job))
+            if self._time_left() <= 0:
+                # This worker was frozen since it claimed: somebody else may have the job by now.
+                raise LeaseLost(self.job.id, self.lease_id)
             if self.job.killed_at is not None:
                 self.kill()  # flagged between claim and start, when nobody listened yet
             await self._attend(process)
@@ -213,18 +217,12 @@ class Execution:
             return await self._functions.start()
         if self._local is not None and not self._is_script():
             return await self._local.start(self._entry)
-        if self._is_inline():
+        if is_inline(self.job, self._entry):
             return await self._hosts.start(self._launcher, str(self.job.id))
         return await self._launcher.start(fresh=self._entry["fresh"] or self._is_script())
 
     def _is_script(self) -> bool:
         return bool(self._entry["runs"] == "script")
-
-    def _is_inline(self) -> bool:
-        if self._entry["runs"] != "inline" or self._entry["fresh"]:
-            return False  # what must not be imported in the launcher cannot be in a host
-        # An old order may have a limit that inline jobs cannot have any more.
-        return self.job.evicted < MOST_EVICTIONS and self.job.memory_limit is None
 
     async def _attend(self, process: Running) -> None:
         started = time.monotonic()
@@ -505,6 +503,14 @@ class Execution:
             await heard(self._lost, pause)
             pause = min(pause * 2, _LAST_PAUSE)
         raise LeaseLost(self.job.id, self.lease_id)
+
+
+def is_inline(job: Job, entry: Mapping[str, Any]) -> bool:
+    """True if the job runs on a loop with others, in a host or in the application itself."""
+    if entry["runs"] != "inline" or entry["fresh"]:
+        return False  # what must not be imported in the launcher cannot be in a host
+    # An old order may have a limit that inline jobs cannot have any more.
+    return job.evicted < MOST_EVICTIONS and job.memory_limit is None
 
 
 def _write_record(joblog: JobLog, record: Mapping[str, Any]) -> None:

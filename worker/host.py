@@ -352,6 +352,11 @@ class Hosts:
         """Those whose process lives."""
         return [host for host in self._all if not host.ended.is_set()]
 
+    @property
+    def pid(self) -> int | None:
+        """The process that takes the next job, if there is one."""
+        return self._current.pid if self._current is not None and self._current.usable else None
+
     async def start(self, launcher: Launcher, job_id: str) -> InlineJob:
         """A job on a host that `launcher` has made; it waits for its order.
 

@@ -25,7 +25,7 @@ from bson.codec_options import CodecOptions
 from core4 import __version__, handshake
 from core4.attendance import Contact
 from core4.changes import Change, Listener
-from core4.claims import Claimed
+from core4.claims import Begins, Claimed
 from core4.config import Settings
 from core4.controls import CONTROL, Controls, Halt, Pause, Stop
 from core4.errors import ConfigError, Core4Error, LeaseLost, SourceRefused, Unauthenticated, Unavailable
@@ -247,6 +247,7 @@ class Remote:
         awaited: bool,
         pinned: bool,
         controls: Controls,
+        begins: Begins,
     ) -> Claimed:
         room = {"limit": limit, "rooms": dict(rooms), "forced": forced, "awaited": awaited}
         rows = await self._ask(owner, "claim", **room)

@@ -25,6 +25,7 @@ import requests
 from bson import ObjectId
 
 from core4 import jobs
+from core4.catalogue import CATALOGUE
 from core4.jobs import Job, JobOrder, utcnow
 from core4.logs import Line
 from core4.store import QUEUE
@@ -224,13 +225,21 @@ class Driver:
             raise self._errors[0]
 
     def _drained(self) -> None:
-        names = ["tests.jobs.InlineNap"] * self.load.inline + ["tests.jobs.Nap"] * self.load.process
-        if names:
-            self.here.tables[QUEUE].insert_many([self._document(name) for name in names])
+        wanted = {"tests.jobs.InlineNap": self.load.inline, "tests.jobs.Nap": self.load.process}
+        published = self.here.tables[CATALOGUE].find({"_id": {"$in": [*wanted]}})
+        rows = [self._document(entry) for entry in published for _ in range(wanted[entry["_id"]])]
+        if rows:
+            self.here.tables[QUEUE].insert_many(rows)
 
-    def _document(self, name: str) -> Document:
-        args = {"n": next(self._numbers), "seconds": self.load.length}
-        order = JobOrder(name=name, args=args, username="bench", unique=False, namespace="DEFAULT")
+    def _document(self, entry: Document) -> Document:
+        order = JobOrder(
+            name=entry["_id"],
+            args={"n": next(self._numbers), "seconds": self.load.length},
+            username="bench",
+            unique=False,
+            options=entry["options"],
+            signature=entry["signature"],
+        )
         return jobs.new_document(order, ObjectId(), utcnow())
 
     def _paced(self) -> None:

@@ -14,6 +14,8 @@ import psutil
 import pytest
 from bson import ObjectId
 
+from core4.changes import Change
+from core4.claims import Claimed
 from core4.config import Settings
 from core4.database import Database
 from core4.jobs import Job
@@ -402,6 +404,80 @@ async def test_only_the_first_end_counts(house: InlineHouse) -> None:
 
     assert (job.state, job.document["result"]) == (State.COMPLETE, "forged")
     assert [entry["state"] for entry in job.document["history"]].count("complete") == 1
+
+
+# ---------------------------------------------------------------------- what begins with its claim
+
+
+async def test_on_a_host_that_is_there_a_job_begins_with_its_claim(house: InlineHouse) -> None:
+    """One write less; not a job that runs at most once: it must not have begun before its body can."""
+
+    async def writes(options: dict[str, Any]) -> int:
+        job = await house.reach(await house.put("answer", options))
+        assert (job.state, job.trial) == (State.COMPLETE, 1)
+        claimed, ended = (entry["rev"] for entry in job.document["history"][-2:])
+        return int(ended - claimed)
+
+    async with house.inline():
+        assert await writes({}) == 2  # which starts the host
+        assert await writes({}) == 1
+        assert await writes({"max_crashes": 1}) == 2
+
+
+async def test_who_was_frozen_after_a_claim_runs_no_body(
+    house: InlineHouse, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody else may have the job by then."""
+    async with house.inline() as running:
+        await house.reach(await house.put("answer"))
+        worker, start = running.worker, running.worker._backend.start
+        frozen: list[ObjectId] = []
+
+        async def start_late(job: Job, *, pid: int | None) -> Job:
+            started: Job = await start(job, pid=pid)
+            if not frozen:
+                frozen.append(job.id)
+                worker._renewed -= 1000  # what the clock shows to who wakes up
+            return started
+
+        monkeypatch.setattr(worker._backend, "start", start_late)
+        job_id, gate, _ = await house.neighbour(tmp_path)
+        gate.touch()
+        job = await house.reach(job_id)
+
+    assert frozen == [job_id]
+    assert (job.state, job.trial, job.crashes) == (State.COMPLETE, 2, 0)
+    assert (await house.messages(job_id)).count("start execution") == 1
+
+
+async def test_a_kill_that_comes_with_the_claim_is_heard(
+    house: InlineHouse, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the worker knows that it has the job."""
+    # Its next heartbeat, which comes with a look at what it holds, is far away.
+    async with house.inline(heartbeat=100.0, dead_after=1000.0) as running:
+        await house.reach(await house.put("answer"))
+        worker, claim, hear = running.worker, running.worker._backend.claim, running.worker._watch.hear
+        told = asyncio.Event()
+
+        def overhear(change: Change) -> None:
+            hear(change)
+            if change.fields.get("killed_at") is not None:
+                told.set()
+
+        async def claim_and_kill(*args: Any, **more: Any) -> Claimed:
+            claimed: Claimed = await claim(*args, **more)
+            for job in claimed:
+                await house.queue.kill(job.id, by="tests")
+                await told.wait()
+            return claimed
+
+        monkeypatch.setattr(worker._watch, "hear", overhear)
+        monkeypatch.setattr(worker._backend, "claim", claim_and_kill)
+        job_id = await house.put("waits", pidfile=str(tmp_path / "pid"), value=str(tmp_path / "never"))
+        job = await house.reach(job_id)
+
+    assert job.state is State.KILLED
 
 
 # ---------------------------------------------------------------------- the worker's own ends

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 from bson import ObjectId
 
+from core4 import transitions
 from core4.database import Database
 from core4.errors import Core4Error, LeaseLost
 from core4.jobs import Job, JobOrder, Owner
@@ -24,7 +25,7 @@ OWNER = Owner("owner", "worker@here", "here", 1)
 
 
 async def enqueued(queue: JobQueue, count: int, **options: object) -> list[Job]:
-    orders = [JobOrder(name="tests.Job", args={"n": n}, options=options) for n in range(count)]
+    orders = [JobOrder(name="tests.Job", args={"n": n}, unique=False, options=options) for n in range(count)]
     return [await queue.enqueue(order) for order in orders]
 
 
@@ -58,6 +59,36 @@ async def test_several_jobs_are_claimed_started_and_finished_in_order(queue: Job
         assert found.journal
         assert (found.state, found.trial, found.document["result"]) == (State.COMPLETE, 1, number)
     assert [row["_id"] for row in await queue.store.queue.find({}).to_list(None)] == [orders[4].id]
+
+
+async def test_what_begins_with_its_claim_needs_no_start(queue: JobQueue) -> None:
+    """One write less; but for what may be put aside after its claim, which must not have begun."""
+    plain, _ = await enqueued(queue, 2)
+    (alone,) = await enqueued(queue, 1, max_running=1)
+    (rated,) = await enqueued(queue, 1, rate_limit="5/60s")
+    claimed = await queue.claims.claim(OWNER, namespaces=["DEFAULT"], limit=4, begins=lambda job: 7)
+    begun = {job.id: job for job in claimed}
+
+    assert [begun[job.id].trial for job in (plain, alone, rated)] == [1, 0, 0]
+    assert begun[plain.id].started_at is not None
+    assert begun[plain.id].document["locked"]["pid"] == 7
+    found = done(await queue.start_many([(job, 7) for job in claimed]))
+    assert [job.trial for job in found] == [1, 1, 1, 1]
+    assert all(job.rev == begun[job.id].rev + (begun[job.id].trial == 0) for job in found)
+    done(await queue.finish_many(ends(found)))
+    assert (await queue.store.get(plain.id)).state is State.COMPLETE
+
+
+async def test_what_has_begun_with_its_claim_is_given_back_uncharged(queue: JobQueue) -> None:
+    """Its worker may have died before its body; then it counts as a crash, as if the body had run."""
+    await enqueued(queue, 2)
+    back, lost = await queue.claims.claim(OWNER, namespaces=["DEFAULT"], limit=2, begins=lambda job: 7)
+
+    again = await queue.release(back, reason="no process for it")
+    assert (again.state, again.crashes, again.document["attempts_left"]) == (State.PENDING, 0, 1)
+    assert await queue.store.cas(lost, transitions.rescue(lost, 3, 3)) is not None
+    rescued = await queue.store.get(lost.id)
+    assert (rescued.state, rescued.crashes) == (State.PENDING, 1)
 
 
 async def test_a_lost_lease_stands_in_its_place_and_the_others_end(queue: JobQueue) -> None:
