@@ -14,6 +14,7 @@ from datetime import datetime, timedelta
 from functools import partial
 from typing import Any
 
+from bson import ObjectId
 from pymongo.errors import DuplicateKeyError
 
 from core4 import transitions
@@ -44,12 +45,20 @@ class Claimed(list[Job]):
     """The jobs that one look has taken.
 
     `more` is False if no other look will find any before something changes; `pinned` the same for those
-    that are for this worker alone.
+    that are for this worker alone. `begun` are those of which nothing is left to be asked or written
+    before their bodies begin.
     """
 
-    def __init__(self, jobs: Iterable[Job] = (), *, more: bool = True, pinned: bool = True) -> None:
+    def __init__(
+        self,
+        jobs: Iterable[Job] = (),
+        *,
+        more: bool = True,
+        pinned: bool = True,
+        begun: Collection[ObjectId] = (),
+    ) -> None:
         super().__init__(jobs)
-        self.more, self.pinned = more, pinned
+        self.more, self.pinned, self.begun = more, pinned, begun
 
 
 def stir(
@@ -154,15 +163,12 @@ class Claims:
         if own and not peek:
             peek, (waiting, more) = True, await self._peek(namespaces, where, limit + 8)
         if peek:
-            candidates = sorted([*own, *waiting], key=lambda doc: doc["rank"])
-            paused = {doc["name"] for doc in candidates if controls.of_name(doc["name"])}
-            free = [doc for doc in candidates if doc["name"] not in paused]
-            line = _fitting(free, rooms)
-            held = await self.take(owner, line, limit, begins)
-            taken = [await self.admitted(job) for job in held]
-            more = more or self._raced or len(held) >= limit or len(line) < len(free)
-            found = Claimed([job for job in taken if job is not None], more=more, pinned=more and bool(own))
-            return found, paused, bool(paused) or None in taken
+            found, paused, gone = await self._claim_of(
+                [*own, *waiting], owner, limit, controls, rooms, begins
+            )
+            found.more = found.more or more
+            found.pinned = found.more and bool(own)
+            return found, paused, gone
         found = Claimed(pinned=False)
         while len(found) < limit:
             job = await self._find_and_claim(owner, namespaces, where)
@@ -175,6 +181,32 @@ class Claims:
             admitted = await self.admitted(job)
             found += [admitted] if admitted else []
         return found, set(), False
+
+    async def _claim_of(
+        self,
+        candidates: Sequence[Document],
+        owner: Owner,
+        limit: int,
+        controls: Controls,
+        rooms: Mapping[str, int],
+        begins: Begins,
+    ) -> tuple[Claimed, set[str], bool]:
+        """The same of what has been read of the line."""
+        # What is in another state only a hand puts in line; see core4.doctor.
+        waiting = [job for job in readable(candidates) if job.state in WAITING]
+        waiting.sort(key=lambda job: job.rank)
+        paused = {job.name for job in waiting if controls.of_name(job.name)}
+        free = [job for job in waiting if job.name not in paused]
+        line = _fitting(free, rooms)
+        begin = _beginning(line[:limit], begins)
+        # What is in the journal although it came into the line was there before it came.
+        done, held = await asyncio.gather(
+            self._store.in_journal(list(begin)), self._take(owner, line, limit, begin)
+        )
+        taken = [await self.admitted(job) for job in held]
+        more = self._raced or len(held) >= limit or len(line) < len(free)
+        jobs = [job for job in taken if job is not None]
+        return Claimed(jobs, more=more, begun=begin.keys() - done), paused, bool(paused) or None in taken
 
     async def admitted(self, job: Job) -> Job | None:
         """The claimed job within its limits across all workers; None if it has left the line for them."""
@@ -275,23 +307,21 @@ class Claims:
     async def _first(self, where: Document, count: int) -> list[Document]:
         return await self._store.queue.find(where).sort("rank", 1).limit(count).to_list(None)
 
-    async def take(
-        self, owner: Owner, candidates: Sequence[Document], limit: int, begins: Begins = _begins_later
+    async def _take(
+        self, owner: Owner, line: Sequence[Job], limit: int, begin: Mapping[ObjectId, int]
     ) -> list[Job]:
-        # What is in another state only a hand puts in line; see core4.doctor.
-        line = [seen for seen in readable(candidates) if seen.state in WAITING]
         if self._raced or min(limit, len(line)) <= 1:
-            return await self._take_one_by_one(owner, line, limit, begins)
-        wishes = [(seen, _claim(seen, owner, begins)) for seen in line[:limit]]
+            return await self._take_one_by_one(owner, line, limit, begin)
+        wishes = [(seen, transitions.claim(seen, owner, begin.get(seen.id))) for seen in line[:limit]]
         taken = await self._store.cas_many(wishes)
         jobs = [taken[seen.id] for seen, _ in wishes if seen.id in taken]
-        more = await self._take_one_by_one(owner, line[limit:], limit - len(jobs), begins)
+        more = await self._take_one_by_one(owner, line[limit:], limit - len(jobs), {})
         if len(jobs) < len(wishes):
             self._raced = True
         return jobs + more
 
     async def _take_one_by_one(
-        self, owner: Owner, line: Sequence[Job], limit: int, begins: Begins
+        self, owner: Owner, line: Sequence[Job], limit: int, begin: Mapping[ObjectId, int]
     ) -> list[Job]:
         taken: list[Job] = []
         self._raced = False
@@ -299,7 +329,7 @@ class Claims:
         while index < len(line) and len(taken) < limit:
             seen = line[index]
             index += 1
-            job = await self._store.cas(seen, _claim(seen, owner, begins))
+            job = await self._store.cas(seen, transitions.claim(seen, owner, begin.get(seen.id)))
             if job is None:
                 self._raced = True
                 index += random.randrange(3)  # others read the same line: do not race for each place in it
@@ -398,23 +428,24 @@ class Claims:
         return woken
 
 
-def _claim(seen: Job, owner: Owner, begins: Begins) -> transitions.Change:
+def _beginning(line: Sequence[Job], begins: Begins) -> dict[ObjectId, int]:
+    """Those of the line that begin with their claim, and in which process."""
     # What may be put aside after its claim must not have begun.
-    free = not seen.slots() and seen.rate_limit is None
-    return transitions.claim(seen, owner, begins_in=begins(seen) if free else None)
+    free = [seen for seen in line if not seen.slots() and seen.rate_limit is None]
+    return {seen.id: pid for seen in free if (pid := begins(seen)) is not None}
 
 
-def _fitting(line: Sequence[Document], rooms: Mapping[str, int]) -> list[Document]:
+def _fitting(line: Sequence[Job], rooms: Mapping[str, int]) -> list[Job]:
     """Those of the line for which a worker has room if it takes all of them.
 
     A job may allow less beside itself than others of its name do: what is claimed in vain is given back.
     """
     left = dict(rooms)
     fitting = []
-    for document in line:
-        name, most = document.get("name", ""), document.get("max_parallel")
-        room = min(left.get(name, _MANY), most if isinstance(most, int) else _MANY)
+    for seen in line:
+        most = _MANY if seen.max_parallel is None else seen.max_parallel
+        room = min(left.get(seen.name, _MANY), most)
         if room > 0:
-            fitting.append(document)
-        left[name] = room - 1
+            fitting.append(seen)
+        left[seen.name] = room - 1
     return fitting

@@ -110,8 +110,7 @@ class JobQueue:
     async def start_many(self, orders: Sequence[tuple[Job, int]]) -> list[Job | Core4Error]:
         """`start` for several jobs and the processes they run in; the error of a job stands in its place."""
         ids = [job.id for job, _ in orders]
-        rows = await self.store.journal.find({"_id": {"$in": ids}}, {"_id": 1}).to_list(None)
-        done = {row["_id"] for row in rows}
+        done = await self.store.in_journal(ids)
         left = [job for job, _ in orders if job.id not in done]
         # Each under its own lease, whoever may hold the job by now.
         told = {job.id: (transitions.lease_of(job), pid) for job, pid in orders}

@@ -157,6 +157,13 @@ class JobStore:
             found |= {job_id: moved.get(job_id) for job_id in left}
         return {job_id: job for job_id, job in found.items() if job is None or job.has_ended}
 
+    async def in_journal(self, ids: Sequence[ObjectId]) -> set[ObjectId]:
+        """Those of these ids that are in the journal."""
+        if not ids:
+            return set()
+        rows = await self.journal.find({"_id": {"$in": list(ids)}}, {"_id": 1}).to_list(None)
+        return {row["_id"] for row in rows}
+
     async def results_before(self, job: Job, *, most: int) -> dict[str, Any]:
         """The results of a job's dependencies by their ids, in the order in which they were named.
 

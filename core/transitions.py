@@ -106,7 +106,7 @@ def entry(
     )
 
 
-def claim(seen: Job, owner: Owner, *, begins_in: int | None = None) -> Change:
+def claim(seen: Job, owner: Owner, begins_in: int | None = None) -> Change:
     """`owner` takes a waiting job under a lease of its own making.
 
     Args:

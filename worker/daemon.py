@@ -501,7 +501,7 @@ class Worker:
             )
             self._unsure = self._unsure or bool(claimed)
             for job in claimed:
-                self._take(job)
+                self._take(job, begun=job.id in claimed.begun)
         self._pinned = self._pinned or claimed.pinned
         if self._chores and set(controls.pauses) - set(self._controls.pauses):
             # What was resumed during this claim may have been parked by it after all were put back in line.
@@ -537,7 +537,7 @@ class Worker:
             log.info("worker.gate_open")
             self._work.hint()
 
-    def _take(self, job: Job) -> None:
+    def _take(self, job: Job, *, begun: bool) -> None:
         """Run a claimed job, or give it back."""
         entry = self._entry_of(job)
         reason = self._refusal(job, entry)
@@ -557,6 +557,7 @@ class Worker:
         execution = Execution(
             job,
             entry,
+            begun=begun,
             backend=self._backend,
             launcher=self._launcher,
             hosts=self._hosts,

@@ -65,6 +65,7 @@ class Execution:
         job: Job,
         entry: Mapping[str, Any],
         *,
+        begun: bool,
         backend: Backend,
         launcher: Launcher,
         hosts: Hosts,
@@ -79,7 +80,7 @@ class Execution:
         assert job.lease is not None
         self.job, self.lease_id = job, job.lease.id
         self.keeper: int | None = None  # the process below which all of the job's are, while there are any
-        self._local = local
+        self._begun, self._local = begun, local
         self._entry, self._launcher, self._hosts = entry, launcher, hosts
         self._backend, self._settings, self._hostname = backend, settings, hostname
         self._functions, self._time_left = functions, time_left
@@ -195,7 +196,8 @@ class Execution:
                 await self._release("the worker stops")
                 return
             # The process waits: it has its order only when the start is recorded.
-            self.job = await self._persist(lambda: self._backend.start(self.job, pid=process.pid))
+            if not self._begun:
+                self.job = await self._persist(lambda: self._backend.start(self.job, pid=process.pid))
             if self._prepared is not None:
                 # It may have been revoked while its process was made.
                 await self._persist(lambda: self._functions.source(self.job))

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from bson import ObjectId
 
+from core4 import transitions
 from core4.config import Settings
 from core4.database import Database
 from core4.doctor import Doctor
@@ -83,7 +84,9 @@ class Ward:
         """Claim the job of this key and no other; None if it is put aside."""
         document = await self.queue.find_one({"args.key": key, "state": {"$in": sorted(WAITING)}})
         assert document is not None
-        (taken,) = await self.actor.queue.claims.take(self.actor.owner, [document], 1)
+        seen = Job.from_document(document)
+        taken = await self.actor.queue.store.cas(seen, transitions.claim(seen, self.actor.owner))
+        assert taken is not None
         return await self.actor.queue.claims.admitted(taken)
 
     async def claimed_of(self, key: str) -> Job:

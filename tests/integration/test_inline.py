@@ -428,26 +428,33 @@ async def test_who_was_frozen_after_a_claim_runs_no_body(
     house: InlineHouse, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Somebody else may have the job by then."""
-    async with house.inline() as running:
+    # Its next heartbeat is far away.
+    async with house.inline(heartbeat=100.0, dead_after=1000.0) as running:
         await house.reach(await house.put("answer"))
-        worker, start = running.worker, running.worker._backend.start
+        worker, claim = running.worker, running.worker._backend.claim
         frozen: list[ObjectId] = []
 
-        async def start_late(job: Job, *, pid: int | None) -> Job:
-            started: Job = await start(job, pid=pid)
-            if not frozen:
-                frozen.append(job.id)
+        async def claim_late(*args: Any, **more: Any) -> Claimed:
+            claimed: Claimed = await claim(*args, **more)
+            if claimed and not frozen:
+                frozen.extend(job.id for job in claimed)
                 worker._renewed -= 1000  # what the clock shows to who wakes up
-            return started
+            return claimed
 
-        monkeypatch.setattr(worker._backend, "start", start_late)
-        job_id, gate, _ = await house.neighbour(tmp_path)
-        gate.touch()
-        job = await house.reach(job_id)
+        monkeypatch.setattr(worker._backend, "claim", claim_late)
+        lost = await house.put("answer", pidfile=str(tmp_path / "pid"))
 
-    assert frozen == [job_id]
+        async def given_up() -> bool:
+            return bool(frozen) and lost not in worker._executions
+
+        await eventually_async(given_up, what="the job is given up")
+        worker._renewed += 1000
+        worker._look.set()
+        job = await house.reach(lost)
+
+    assert frozen == [lost]
     assert (job.state, job.trial, job.crashes) == (State.COMPLETE, 2, 0)
-    assert (await house.messages(job_id)).count("start execution") == 1
+    assert (await house.messages(lost)).count("start execution") == 1
 
 
 async def test_a_kill_that_comes_with_the_claim_is_heard(
