@@ -86,7 +86,7 @@ class Execution:
         self._functions, self._time_left = functions, time_left
         self._prepared: Prepared | None = None  # of a shipped function
         self._children = Children(job, backend, hostname=hostname)
-        self._calls = Calls(job, self._children, backend, watch, slots)
+        self._calls, self._slots = Calls(job, self._children, backend, watch, slots), slots
         self._ended: Message | None = None  # the frame with the job's own end
         self._broken: str | None = None  # what was wrong with a frame
         self._joblog: JobLog | None = None
@@ -236,6 +236,7 @@ class Execution:
         log.info("job.started", extra={"pid": process.pid})
         try:
             how = await self._watch(process, joblog)
+            self._slots.end(self.job)
             if self._why == "lost":
                 raise LeaseLost(self.job.id, self.lease_id)
             outcome = self._outcome(how)

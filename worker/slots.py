@@ -3,6 +3,10 @@
 No more bodies run than there are slots, nor more of a name than its `max_parallel`: who continues takes a
 slot back first, before any other job is claimed. Those that wait are bounded elsewhere, see
 `core4.worker.daemon`.
+
+A body that has ended leaves its slot while that is being stored, so that nobody waits for the database
+between two bodies; it goes on to count for its `max_parallel`, which is about running jobs. Of ends that are
+on their way at a time, what is beyond the number of slots takes slots again.
 """
 
 from __future__ import annotations
@@ -24,13 +28,15 @@ class Slots:
         self.count, self._freed = count, freed
         self._holders: dict[ObjectId, Job] = {}
         self._lenders: dict[ObjectId, Job] = {}
+        self._ending: dict[ObjectId, Job] = {}
         self._returning: dict[ObjectId, asyncio.Future[None]] = {}  # the first has waited longest
         self._reserved = 0
 
     @property
     def free(self) -> int:
         """Slots that nobody has."""
-        return self.count - len(self._holders) - self._reserved
+        taken = len(self._holders) + self._reserved + max(0, len(self._ending) - self.count)
+        return max(0, self.count - taken)
 
     @property
     def lent(self) -> int:
@@ -39,9 +45,10 @@ class Slots:
 
     def rooms(self) -> dict[str, int]:
         """How many more of each name that is limited and runs may run; those that wait do not count."""
-        running = Counter(job.name for job in self._holders.values())
+        jobs = [*self._holders.values(), *self._ending.values()]
+        running = Counter(job.name for job in jobs)
         rooms: dict[str, int] = {}
-        for job in self._holders.values():
+        for job in jobs:
             if job.max_parallel is not None:
                 left = max(0, job.max_parallel - running[job.name])
                 rooms[job.name] = min(left, rooms.get(job.name, left))
@@ -65,8 +72,16 @@ class Slots:
         """A claimed job begins."""
         self._holders[job.id] = job
 
+    def end(self, job: Job) -> None:
+        """Nothing of the job runs any more; what is left is to store how it ended."""
+        if self._holders.pop(job.id, None) or self._lenders.pop(job.id, None):
+            self._ending[job.id] = job
+            self._hand_out()
+            self._freed()
+
     def leave(self, job: Job) -> None:
         """The job has ended, here at least."""
+        self._ending.pop(job.id, None)
         self._holders.pop(job.id, None)
         self._lenders.pop(job.id, None)
         if (returning := self._returning.pop(job.id, None)) is not None:

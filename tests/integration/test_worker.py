@@ -28,6 +28,7 @@ from core4.jobs import Job, JobOrder, Owner
 from core4.logs import LogStore
 from core4.queues import JobQueue
 from core4.registry import WorkerRegistry
+from core4.retries import Outcome
 from core4.states import FINAL, State
 from core4.worker import handle
 from core4.worker.daemon import IDLE_BEATS, Worker
@@ -712,6 +713,35 @@ async def test_jobs_come_in_order_and_a_higher_priority_first(house: House) -> N
 
     order = sorted(done, key=lambda job: job.started_at or job.document["enqueued"]["at"])
     assert [job.id for job in order] == [urgent, *ids]
+
+
+async def test_the_next_body_does_not_wait_for_the_last_end_to_be_stored(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With one slot a second one runs meanwhile; a third only when one of those ends is stored."""
+    async with house.worker(slots=1) as running:
+        backend, stored = running.worker._backend, asyncio.Event()
+        finish, ended = backend.finish, list[ObjectId]()
+
+        async def finish_late(job: Job, outcome: Outcome, *, log_seq: int) -> Job:
+            ended.append(job.id)
+            await stored.wait()
+            return await finish(job, outcome, log_seq=log_seq)
+
+        monkeypatch.setattr(backend, "finish", finish_late)
+        ids = [await house.enqueue("answer", value=number) for number in range(3)]
+
+        async def two_ended() -> bool:
+            return len(ended) == 2
+
+        await eventually_async(two_ended, what="two bodies have ended")
+        assert ended == ids[:2]
+        states = [(await house.queue.store.get(job_id)).state for job_id in ids]
+        assert states == [State.RUNNING, State.RUNNING, State.PENDING]
+        stored.set()
+        done = [await house.reach(job_id) for job_id in ids]
+
+    assert {(job.state, job.trial) for job in done} == {(State.COMPLETE, 1)}
 
 
 async def test_a_worker_that_holds_nothing_asks_seldom_what_it_holds(house: House) -> None:

@@ -57,6 +57,44 @@ async def test_who_continues_waits_for_a_slot_and_comes_first() -> None:
     assert (one.free, one.lent) == (0, 0)
 
 
+async def test_an_end_that_is_being_stored_takes_no_slot() -> None:
+    """Not of the first ones; its name is as full as before."""
+    two, jobs = slots(2), [job(max_parallel=4) for _ in range(4)]
+    for each in jobs[:2]:
+        two.take(each)
+        two.end(each)
+    assert two.free == 2
+    assert two.rooms() == {jobs[0].name: 2}
+
+    two.take(jobs[2])
+    two.end(jobs[2])
+    assert two.free == 1
+    two.take(jobs[3])
+    assert two.free == 0
+
+    two.leave(jobs[0])
+    assert two.free == 1
+    assert two.rooms() == {jobs[0].name: 1}
+    for each in jobs:
+        two.leave(each)
+    assert (two.free, two.rooms()) == (2, {})
+
+
+async def test_who_waits_for_a_slot_has_that_of_a_body_that_ends() -> None:
+    one, caller, other = slots(1), job(), job()
+    one.take(caller)
+    one.lend(caller)
+    one.take(other)
+    back = asyncio.create_task(one.take_back(caller))
+    await settled()
+    assert not back.done()
+
+    one.end(other)
+    await settled()
+    assert back.done()
+    assert one.free == 0
+
+
 async def test_what_is_being_claimed_is_not_handed_out() -> None:
     one, caller, claimed = slots(1), job(), job()
     one.take(caller)
