@@ -11,7 +11,7 @@ import socket
 import time
 import uuid
 from collections import Counter
-from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping, Sequence, Set
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -76,6 +76,8 @@ class Worker:
         self._work = Lookout(backend.is_live, settings.poll)
         self._look, self._launchable = asyncio.Event(), asyncio.Event()
         self._more = True  # jobs may have been left in line by the last look
+        self._news = True  # something may have come into the line since the last look began
+        self._barren: Set[str] | None = None  # the names beside which nothing was in line, before any news
         self._pinned = True  # there may be some for this worker alone
         self._unsure = True  # the database may say that this worker holds jobs that it does not run
         self._slots = Slots(settings.slots or len(os.sched_getaffinity(0)) * 2, self._on_room)
@@ -105,7 +107,7 @@ class Worker:
             contact=self._contact,
             controls=lambda: self._controls,
             worker=lambda: self.owner.worker,
-            woken=self._work.hint,
+            woken=self._look_again,
             closing=self._closing,
         )
 
@@ -420,7 +422,7 @@ class Worker:
         if self._chores:
             await self._chores.obey(resumed=bool(set(before.pauses) - set(self._controls.pauses)))
         self._pinned = True
-        self._work.hint()
+        self._look_again()
 
     def _obey_stop(self, told: Stop) -> None:
         if not self._halted.is_set():
@@ -435,8 +437,12 @@ class Worker:
         if change.collection not in (QUEUE, ""):
             return
         self._watch.hear(change)
+        if change.kind == "insert" and change.fields.get("due") and self._is_full(change.fields.get("name")):
+            self._more = True  # it is looked for when there is room
+            return
         pinned = stir(self._work, change, self.owner, self._namespaces, self._crowd)
         self._pinned = self._pinned or pinned
+        self._news = self._news or pinned or bool(change.fields.get("due"))
         # What is being claimed may be flagged before it is known here.
         flagged = change.fields.get("killed_at") is not None and (
             change.id in self._executions or self._holding.locked()
@@ -460,7 +466,7 @@ class Worker:
                     claimed = await self._claim_some()
                 pause = _FIRST_PAUSE
             except TROUBLE as error:
-                self._pinned = self._unsure = True  # it may have been done
+                self._pinned = self._unsure = self._news = True  # it may have been done
                 log.warning("worker.claim_failed", extra={"error": str(error)[:200]})
                 await asyncio.sleep(pause)
                 pause = min(pause * 2, _LAST_PAUSE)
@@ -477,6 +483,14 @@ class Worker:
         if self._more:
             self._work.hint()
 
+    def _look_again(self) -> None:
+        """Something that was not looked at may be there now."""
+        self._news = True
+        self._work.hint()
+
+    def _is_full(self, name: object) -> bool:
+        return isinstance(name, str) and self._slots.is_full(name)
+
     async def _claim_some(self) -> Claimed:
         self._more = True  # room that is made during this look may be for what it leaves
         free = self._slots.free
@@ -485,21 +499,31 @@ class Worker:
             return Claimed()
         if self._paused or self._controls.of_worker(self.owner.worker):
             return Claimed()
+        rooms = {**self._slots.rooms(), **dict.fromkeys(self._foreign, 0)}
+        full = {name for name, room in rooms.items() if room <= 0}
+        if self._news or self._work.quiet or not self._backend.is_live():
+            self._barren = None
+        if self._barren is not None and self._barren <= full:
+            return Claimed()  # a look would read all that stands in line, for nothing
+        self._news = False
         pinned, self._pinned = self._pinned or self._work.quiet or not self._backend.is_live(), False
+        forced, awaited = self._gate.reason is not None, self._slots.lent >= self._settings.max_waiting
         controls = self._controls
         with self._slots.reserved(free):
             claimed = await self._backend.claim(
                 self.owner,
                 namespaces=self._namespaces,
                 limit=free,
-                rooms={**self._slots.rooms(), **dict.fromkeys(self._foreign, 0)},
-                forced=self._gate.reason is not None,
-                awaited=self._slots.lent >= self._settings.max_waiting,
+                rooms=rooms,
+                forced=forced,
+                awaited=awaited,
                 pinned=pinned,
                 controls=controls,
                 begins=self._begins,
             )
             self._unsure = self._unsure or bool(claimed)
+            if full and not (claimed or forced or awaited or self._news):
+                self._barren = full
             for job in claimed:
                 self._take(job, begun=job.id in claimed.begun)
         self._pinned = self._pinned or claimed.pinned
@@ -535,7 +559,7 @@ class Worker:
             log.warning("skipped job", extra={"reason": self._gate.reason, "starts": "jobs with force only"})
         else:
             log.info("worker.gate_open")
-            self._work.hint()
+            self._look_again()
 
     def _take(self, job: Job, *, begun: bool) -> None:
         """Run a claimed job, or give it back."""
@@ -679,7 +703,7 @@ class Worker:
     async def _serve_anew(self) -> None:
         await self._insist(self._publish)
         await self._insist(lambda: self._backend.serve(self.owner, self._served(), self._namespaces))
-        self._work.hint()
+        self._look_again()
 
     async def _keep_launcher(self) -> None:
         """Start another launcher when this one ends; running jobs do not notice."""

@@ -6,6 +6,7 @@ A worker process of its own runs the jobs, as a user starts it; enqueue and clai
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import random
 import subprocess
@@ -13,8 +14,9 @@ import sys
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, ExitStack, closing
 from functools import partial
+from http.client import HTTPConnection
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from pymongo import MongoClient, WriteConcern
 from pymongo.collection import Collection
 
 from core4 import jobs
+from core4.api.keys import BASE
 from core4.config import Settings
 from core4.database import Database
 from core4.events import EVENT, audit_of
@@ -32,11 +35,13 @@ from core4.jobs import Job, JobOrder, Owner, utcnow
 from core4.queues import JobQueue
 from core4.states import State
 from core4.store import INDEXES, JOURNAL, QUEUE
+from core4.users import UserStore
 from core4.worker import protocol
 from core4.worker.handle import Launcher
 from tests.bench.probes import Figure, Goal, middle
 from tests.bench.rivals import Rival
-from tests.helpers import FAST, ROOT, Command, program
+from tests.bench.stand import AUTH
+from tests.helpers import ADMIN, FAST, ROOT, Command, free_port, program
 
 Document = dict[str, Any]
 DURABLE = WriteConcern(w="majority", j=True)
@@ -81,6 +86,9 @@ class Engine:
         stack.push_async_callback(self.database.close)
         self.queue = JobQueue(self.database, settings)
         await self.queue.store.prepare()
+        users = UserStore(self.database, settings)
+        await users.add(*ADMIN, allow=["cop"])
+        users.close()
         await self.database.ensure_indexes({"bare": INDEXES[QUEUE]})
         (loaded,) = await self.launcher.load([str(JOBS)])
         self.entries = {entry["_id"]: entry for entry in loaded.entries}
@@ -262,6 +270,33 @@ class Engine:
 
         return measure
 
+    async def posted(self) -> Sequence[float]:
+        """The same over HTTP: from a POST on an open connection. The API runs for this figure alone."""
+        port, found = free_port(), []
+        command = [program("core4"), "api"]
+        with ExitStack() as stack:
+            api = stack.enter_context(Command(command, {**self.environ(), "CORE4_PORT": str(port)}))
+            await asyncio.to_thread(api.wait_for, "ready", PATIENCE)
+            link = stack.enter_context(closing(HTTPConnection("127.0.0.1", port)))
+            await self._post(link)  # its password is checked, and the job is looked up
+            for _ in range(self.latencies):
+                await _pause()
+                start = time.time()
+                job_id = await self._post(link)
+                await self.journaled([job_id])
+                document = self.tables[JOURNAL].find_one({"_id": job_id})
+                assert document is not None
+                found.append(document["result"] - start)
+        return found
+
+    async def _post(self, link: HTTPConnection) -> ObjectId:
+        wish = {"qual_name": "tests.jobs.InlineStamp", "args": {"n": next(self.numbers)}, "follow": False}
+        link.request("POST", f"{BASE}/job", json.dumps(wish), {**AUTH, "Content-Type": "application/json"})
+        answer = link.getresponse()
+        body = json.loads(answer.read())
+        assert answer.status == 200, body
+        return ObjectId(body["data"])
+
     # ------------------------------------------------------------------ processes, 9 and 10
 
     def _bare_process(self, kind: str) -> tuple[float, float]:
@@ -333,6 +368,7 @@ class Engine:
         fork = Figure("fork and wait", self.bare_process("fork"))
         python = Figure("python -c", self.bare_process("python"))
         latency = Figure("bare insert and claim", self.bare_latency)
+        posted = Figure("POST to body, inline, idle", self.posted)
         bare = Figure("bare claim and update", self.bare_drain)
         fresh = Figure("job in a fresh interpreter", self.job_process(fresh=True))
         return [
@@ -342,6 +378,8 @@ class Engine:
             Goal("3", Figure("enqueue, 1,000 together", self.enqueue_many), insert_many, 0.7),
             Goal("5", self.inline, bare, 2.0),
             Goal("7", self.idle, latency, 1.0, by="time", plus=0.003),
+            # Twice the floor and 3 ms.
+            Goal("7", posted, latency, 2.0, by="time", plus=0.0015),
             Goal("9", Figure("job in a warm process", self.job_process(fresh=False)), fork, 4.0, by="time"),
             Goal("9", self.process, fork, 4.0, by="time"),
             Goal("10", fresh, python, 2.0, by="time"),

@@ -406,6 +406,42 @@ async def test_only_the_first_end_counts(house: InlineHouse) -> None:
     assert [entry["state"] for entry in job.document["history"]].count("complete") == 1
 
 
+async def test_a_line_of_full_names_is_not_read_again_and_again(
+    house: InlineHouse, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If nothing else stands in it and nothing comes: it is when there is room for another of the name."""
+    async with house.inline(slots=4) as running:
+        worker, claim, looks = running.worker, running.worker._backend.claim, list[int]()
+
+        async def counted(*args: Any, **more: Any) -> Claimed:
+            claimed: Claimed = await claim(*args, **more)
+            looks.append(len(claimed))
+            return claimed
+
+        async def nothing_else() -> bool:
+            return bool(worker._barren == {NAME})
+
+        monkeypatch.setattr(worker._backend, "claim", counted)
+        one = {"max_parallel": 1}
+        pidfile, gate = tmp_path / "pid", tmp_path / "gate"
+        first = await house.put("waits", one, pidfile=str(pidfile), value=str(gate))
+        await written(pidfile)
+        behind = [await house.put("answer", one) for _ in range(6)]
+        await eventually_async(nothing_else, what="nothing else is in line")
+        # What comes with another name runs beside, whatever stands before it.
+        other = await house.reach(await house.enqueue("answer", name="tests.jobs.Awaiting"))
+        await eventually_async(nothing_else, what="nothing else is in line")
+        looks.clear()
+        gate.touch()
+        done = [await house.reach(job_id) for job_id in (first, *behind)]
+
+    assert {job.state for job in (other, *done)} == {State.COMPLETE}
+    starts = [job.started_at for job in done]
+    assert starts == sorted(starts, key=str)
+    assert [count for count in looks if count] == [1] * 6
+    assert looks.count(0) <= 3, looks
+
+
 # ---------------------------------------------------------------------- what begins with its claim
 
 
