@@ -35,7 +35,7 @@ up: $(VENV)/.embedded  ## run database, API and worker on http://localhost:5001 
 	@exec $(RUN) -m core4 up
 
 test: $(VENV)/.test  ## install what the tests need and run all of them
-	$(RUN) -m pytest --numprocesses $(WORKERS) --rows-report $(REPORT) $(ARGS)
+	$(RUN) -m pytest --numprocesses $(WORKERS) --dist worksteal --rows-report $(REPORT) $(ARGS)
 
 seed: $(VENV)/.test  ## the job API document with the minutes of sleep that it says
 	CORE4_TEST_SEED_FULL=1 $(RUN) -m pytest tests/acceptance/test_seed.py -k verbatim $(ARGS)
