@@ -457,11 +457,18 @@ class JobStore:
         if result.matched_count < len(updates):
             rows = await self.queue.find({"_id": {"$in": list(after)}}).to_list(None)
             there = {row["_id"]: row for row in rows}
-            after = {
+            written = {
                 seen.id: after[seen.id]
                 for seen, change, _, _, rev in simple
                 if _is_written(there.get(seen.id, {}), change, rev)
             }
+            # A claim that somebody has told to end since is a claim: the lease is nobody else's.
+            told = {
+                seen.id: there[seen.id]
+                for seen, change, *_ in simple
+                if seen.id not in written and _is_leased(there.get(seen.id, {}), change)
+            }
+            after = written | told
         return {job.id: job for job in await self._try_tell_many(map(Job.from_document, after.values()))}
 
     async def held(self, job: Job, lease: Lease, plan: Callable[[Job], Change | None]) -> Job:
@@ -622,6 +629,12 @@ def _is_written(document: Mapping[str, Any], change: Change, rev: int) -> bool:
     told = change.entry is None or document.get("history", [])[-1:] == [change.entry]
     same = all(document.get(name) == value for name, value in fields.items())
     return document.get("rev") == rev and told and same
+
+
+def _is_leased(document: Mapping[str, Any], change: Change) -> bool:
+    """True if the document has the lease that this change has given it."""
+    given = change.set.get("lease")
+    return given is not None and (document.get("lease") or {}).get("id") == given["id"]
 
 
 def _refuses_content(error: BulkWriteError) -> bool:

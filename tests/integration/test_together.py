@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from bson import ObjectId
@@ -59,6 +60,27 @@ async def test_several_jobs_are_claimed_started_and_finished_in_order(queue: Job
         assert found.journal
         assert (found.state, found.trial, found.document["result"]) == (State.COMPLETE, 1, number)
     assert [row["_id"] for row in await queue.store.queue.find({}).to_list(None)] == [orders[4].id]
+
+
+async def test_a_claim_that_is_flagged_at_once_is_a_claim(
+    queue: JobQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of several was taken by another: so the others are read again, and one was told to end."""
+    lost, flagged = await enqueued(queue, 2)
+    bulk_write = queue.store.queue.bulk_write
+
+    async def in_between(*args: Any, **more: Any) -> Any:
+        assert await queue.store.cas(lost, transitions.claim(lost, replace(OWNER, id="other"))) is not None
+        result = await bulk_write(*args, **more)
+        await queue.kill(flagged.id, by="somebody")
+        return result
+
+    monkeypatch.setattr(queue.store.queue, "bulk_write", in_between)
+    claimed = await queue.claims.claim(OWNER, namespaces=["DEFAULT"], limit=2)
+
+    assert [job.id for job in claimed] == [flagged.id]
+    assert claimed[0].killed_at is not None
+    assert claimed[0].rev == (await queue.store.get(flagged.id)).rev
 
 
 async def test_what_begins_with_its_claim_needs_no_start(queue: JobQueue) -> None:
