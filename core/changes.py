@@ -25,7 +25,8 @@ log = logging.getLogger(__name__)
 
 SLACK = 1.0  # seconds that an answer on the stream may take longer than it has to
 GAP = 0.02  # seconds after a change in which more may gather: an answer costs a server as much as a write
-LONGEST_GAP = 0.1  # the same while changes come all the time
+LONGEST_GAP = 0.1  # the same while many come each time
+MANY = 32  # changes of an answer: more than a few jobs make that follow one another
 POLL = 0.5  # seconds between two resyncs where the server has no change streams
 REOPEN = 60.0  # seconds until a refused change stream is tried again
 QUIET = 20  # pauses that pass between two looks without a hint while the feed is live
@@ -91,17 +92,15 @@ class ChangeFeed:
         async with self._database.watch(self._collections, self._token) as stream:
             # Whatever happened before the stream was open has been told to nobody.
             self._tell(Change("resync"))
-            gap = GAP
+            gap = 0.0
             while True:
-                asked = self._heard = time.monotonic()
+                self._heard = time.monotonic()
                 changes = await stream.next()
                 self._token = stream.resume_token
                 for change in changes:
                     self._tell(_change(change))
-                # What comes faster than it is asked for is no news to anybody who waits.
-                gap = min(gap * 2, LONGEST_GAP) if time.monotonic() - asked < GAP else GAP
-                if changes:
-                    await asyncio.sleep(gap)
+                gap = pause_after(len(changes), gap)
+                await asyncio.sleep(gap)
 
     async def _refused(self, error: OperationFailure) -> None:
         self._token = None
@@ -118,6 +117,17 @@ class ChangeFeed:
                 listener(change)
             except Exception:
                 log.exception("changes.listener_failed")
+
+
+def pause_after(changes: int, last: float) -> float:
+    """Seconds in which more may gather after an answer with so many changes; `last` is the pause before it.
+
+    A longer one only where many are under way: nobody waits for a single change there. In a chain of
+    calls each answer comes at once, too, as it has gathered in the pause, and each step waits for it.
+    """
+    if changes < MANY:
+        return GAP if changes else 0.0
+    return min(max(last * 2, GAP), LONGEST_GAP)
 
 
 class Lookout:

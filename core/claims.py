@@ -46,7 +46,7 @@ class Claimed(list[Job]):
 
     `more` is False if no other look will find any before something changes; `pinned` the same for those
     that are for this worker alone. `begun` are those of which nothing is left to be asked or written
-    before their bodies begin.
+    before their bodies begin. `barren` if it has seen the end of the line, and nothing that it may take.
     """
 
     def __init__(
@@ -59,6 +59,7 @@ class Claimed(list[Job]):
     ) -> None:
         super().__init__(jobs)
         self.more, self.pinned, self.begun = more, pinned, begun
+        self.barren = False
 
 
 def stir(
@@ -137,6 +138,7 @@ class Claims:
                 await self.park(name)
             if claimed or not again:
                 break
+        claimed.barren = not (claimed or claimed.more)
         if where or controls.closed:
             claimed.more = claimed.pinned = True
         return claimed
@@ -201,8 +203,14 @@ class Claims:
         begin = _beginning(line[:limit], begins)
         # What is in the journal although it came into the line was there before it came.
         done, held = await asyncio.gather(
-            self._store.in_journal(list(begin)), self._take(owner, line, limit, begin)
+            self._store.in_journal(list(begin)),
+            self._take(owner, line, limit, begin),
+            return_exceptions=True,  # a claim must not go on when nobody waits for it any more
         )
+        if isinstance(held, BaseException):
+            raise held
+        if isinstance(done, BaseException):
+            done = set(begin)  # that is not known: the start asks again
         taken = [await self.admitted(job) for job in held]
         more = self._raced or len(held) >= limit or len(line) < len(free)
         jobs = [job for job in taken if job is not None]

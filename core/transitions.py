@@ -164,11 +164,12 @@ def _locked(owner: Owner, now: datetime, pid: int | None = None) -> dict[str, An
 
 
 def _begun(seen: Job, now: datetime) -> dict[str, Any]:
+    window = timedelta(milliseconds=int(seen.defer_max * 1000))  # the database keeps no more
     return {
         "started_at": now,
         "trial": seen.trial + 1,
         "claims": 0,
-        "inactive_at": seen.inactive_at or now + timedelta(seconds=seen.defer_max),
+        "inactive_at": seen.inactive_at or now + window,
     }
 
 

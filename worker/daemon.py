@@ -77,6 +77,7 @@ class Worker:
         self._look, self._launchable = asyncio.Event(), asyncio.Event()
         self._more = True  # jobs may have been left in line by the last look
         self._news = True  # something may have come into the line since the last look began
+        self._came: set[str] = set()  # names that were full when something of them came, since then
         self._barren: Set[str] | None = None  # the names beside which nothing was in line, before any news
         self._pinned = True  # there may be some for this worker alone
         self._unsure = True  # the database may say that this worker holds jobs that it does not run
@@ -92,8 +93,9 @@ class Worker:
         self._halt = asyncio.Event()  # of `run`: do not wait for what runs
         # Held by whoever changes or judges what this worker holds: a claim, a reconcile, a new owner.
         self._holding = asyncio.Lock()
-        self._executions: dict[ObjectId, Execution] = {}
-        self._tasks: dict[asyncio.Task[None], ObjectId] = {}
+        # By lease: the next attempt of a job may begin while it is stored how the last has ended.
+        self._executions: dict[str, Execution] = {}
+        self._tasks: dict[asyncio.Task[None], str] = {}
         self._refusals: Counter[ObjectId] = Counter()
         self._foreign: set[str] = set()  # names that came up and are not known here: not claimed again
         self._returning: set[asyncio.Task[None]] = set()
@@ -385,16 +387,17 @@ class Worker:
         self._unsure = True
         held = {job.id: job for job in await self._backend.running(self.owner)}
         self._unsure = bool(held)
-        for job_id, execution in self._executions.items():
-            if job_id not in held or not held[job_id].held_by(execution.lease_id):
+        for execution in self._executions.values():
+            holder = held.get(execution.job.id)
+            if holder is None or not holder.held_by(execution.lease_id):
                 # Taken away; or its end has just been recorded, then there is nothing to give up.
                 execution.abandon()
         for job in held.values():
-            execution_of = self._executions.get(job.id)
-            if execution_of is None or not job.held_by(execution_of.lease_id):
+            running = self._executions.get(job.lease.id) if job.lease else None
+            if running is None:
                 await self._give_back(job, "its worker does not run it", 0.0)
             elif job.killed_at is not None:
-                execution_of.kill()
+                running.kill()
 
     async def _obey(self) -> None:
         """Read what operators hold back whenever it may have changed; else about as often as it renews."""
@@ -438,14 +441,14 @@ class Worker:
             return
         self._watch.hear(change)
         if change.kind == "insert" and change.fields.get("due") and self._is_full(change.fields.get("name")):
-            self._more = True  # it is looked for when there is room
+            self._leave_in_line(change.fields["name"])
             return
         pinned = stir(self._work, change, self.owner, self._namespaces, self._crowd)
         self._pinned = self._pinned or pinned
         self._news = self._news or pinned or bool(change.fields.get("due"))
         # What is being claimed may be flagged before it is known here.
         flagged = change.fields.get("killed_at") is not None and (
-            change.id in self._executions or self._holding.locked()
+            self._holding.locked() or any(each.job.id == change.id for each in self._executions.values())
         )
         resync = change.kind == "resync" and (self._executions or self._holding.locked())
         if flagged or resync:
@@ -471,7 +474,6 @@ class Worker:
                 await asyncio.sleep(pause)
                 pause = min(pause * 2, _LAST_PAUSE)
                 continue
-            self._more = claimed.more
             if claimed and claimed.more:
                 self._work.hint()
             elif not claimed.more:
@@ -482,6 +484,13 @@ class Worker:
         """A slot may have become free: that matters to none if nobody waits."""
         if self._more:
             self._work.hint()
+
+    def _leave_in_line(self, name: str) -> None:
+        """A job of a full name has come: it is looked for when there is room for it."""
+        self._more = True
+        self._came.add(name)
+        if self._barren is not None:
+            self._barren |= {name}
 
     def _look_again(self) -> None:
         """Something that was not looked at may be there now."""
@@ -505,7 +514,7 @@ class Worker:
             self._barren = None
         if self._barren is not None and self._barren <= full:
             return Claimed()  # a look would read all that stands in line, for nothing
-        self._news = False
+        self._news, self._came = False, set()
         pinned, self._pinned = self._pinned or self._work.quiet or not self._backend.is_live(), False
         forced, awaited = self._gate.reason is not None, self._slots.lent >= self._settings.max_waiting
         controls = self._controls
@@ -522,8 +531,9 @@ class Worker:
                 begins=self._begins,
             )
             self._unsure = self._unsure or bool(claimed)
-            if full and not (claimed or forced or awaited or self._news):
-                self._barren = full
+            self._more = claimed.more
+            if full and claimed.barren and not (forced or awaited or self._news):
+                self._barren = full | self._came
             for job in claimed:
                 self._take(job, begun=job.id in claimed.begun)
         self._pinned = self._pinned or claimed.pinned
@@ -595,8 +605,8 @@ class Worker:
         )
         self._slots.take(job)
         task = self._part(execution.run())
-        self._executions[job.id] = execution
-        self._tasks[task] = job.id
+        self._executions[execution.lease_id] = execution
+        self._tasks[task] = execution.lease_id
         task.add_done_callback(self._on_execution_done)
 
     def _begins(self, job: Job) -> int | None:
@@ -604,8 +614,8 @@ class Worker:
         entry = self._entry_of(job)
         if entry is None or not is_inline(job, entry) or self._refusal(job, entry):
             return None
-        if (job.max_crashes or self._settings.max_crashes) == 1:
-            return None  # it is not run again, so it must not have begun before its body can
+        if job.crashes + 1 >= (job.max_crashes or self._settings.max_crashes):
+            return None  # it would not be run again, so it must not have begun before its body can
         return os.getpid() if self._is_local(entry) else self._hosts.pid
 
     def _is_local(self, entry: Mapping[str, Any]) -> bool:

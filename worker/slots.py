@@ -20,16 +20,19 @@ from bson import ObjectId
 
 from core4.jobs import Job
 
+Attempt = tuple[ObjectId, int]
+
 
 class Slots:
     """So many slots; `freed` is called when one may have become free."""
 
     def __init__(self, count: int, freed: Callable[[], None]) -> None:
         self.count, self._freed = count, freed
-        self._holders: dict[ObjectId, Job] = {}
-        self._lenders: dict[ObjectId, Job] = {}
-        self._ending: dict[ObjectId, Job] = {}
-        self._returning: dict[ObjectId, asyncio.Future[None]] = {}  # the first has waited longest
+        # By attempt: the next one of a job may begin while it is stored how the last has ended.
+        self._holders: dict[Attempt, Job] = {}
+        self._lenders: dict[Attempt, Job] = {}
+        self._ending: dict[Attempt, Job] = {}
+        self._returning: dict[Attempt, asyncio.Future[None]] = {}  # the first has waited longest
         self._reserved = 0
 
     @property
@@ -70,51 +73,55 @@ class Slots:
 
     def take(self, job: Job) -> None:
         """A claimed job begins."""
-        self._holders[job.id] = job
+        self._holders[_attempt(job)] = job
 
     def end(self, job: Job) -> None:
         """Nothing of the job runs any more; what is left is to store how it ended."""
-        if self._holders.pop(job.id, None) or self._lenders.pop(job.id, None):
-            self._ending[job.id] = job
+        if self._holders.pop(_attempt(job), None) or self._lenders.pop(_attempt(job), None):
+            self._ending[_attempt(job)] = job
             self._hand_out()
             self._freed()
 
     def leave(self, job: Job) -> None:
         """The job has ended, here at least."""
-        self._ending.pop(job.id, None)
-        self._holders.pop(job.id, None)
-        self._lenders.pop(job.id, None)
-        if (returning := self._returning.pop(job.id, None)) is not None:
+        self._ending.pop(_attempt(job), None)
+        self._holders.pop(_attempt(job), None)
+        self._lenders.pop(_attempt(job), None)
+        if (returning := self._returning.pop(_attempt(job), None)) is not None:
             returning.cancel()
         self._hand_out()
         self._freed()
 
     def lend(self, job: Job) -> None:
         """The job waits for others; one that was to take its slot back goes on without."""
-        if (returning := self._returning.pop(job.id, None)) is not None and not returning.done():
+        if (returning := self._returning.pop(_attempt(job), None)) is not None and not returning.done():
             returning.set_result(None)
-        if self._holders.pop(job.id, None) is not None:
-            self._lenders[job.id] = job
+        if self._holders.pop(_attempt(job), None) is not None:
+            self._lenders[_attempt(job)] = job
             self._hand_out()
             self._freed()
 
     async def take_back(self, job: Job) -> None:
         """The job continues as soon as there is a slot for it."""
-        if job.id not in self._lenders:
+        if _attempt(job) not in self._lenders:
             return
-        self._returning[job.id] = returning = asyncio.get_running_loop().create_future()
+        self._returning[_attempt(job)] = returning = asyncio.get_running_loop().create_future()
         self._hand_out()
         try:
             await returning
         finally:
-            if self._returning.get(job.id) is returning:
-                del self._returning[job.id]
+            if self._returning.get(_attempt(job)) is returning:
+                del self._returning[_attempt(job)]
 
     def _hand_out(self) -> None:
         """Give what is free to those that want to continue."""
-        for job_id, returning in list(self._returning.items()):
-            job = self._lenders.get(job_id)
+        for attempt, returning in list(self._returning.items()):
+            job = self._lenders.get(attempt)
             if job is None or returning.done() or self.free <= 0 or self.is_full(job.name):
                 continue
-            self._holders[job_id] = self._lenders.pop(job_id)
+            self._holders[attempt] = self._lenders.pop(attempt)
             returning.set_result(None)
+
+
+def _attempt(job: Job) -> Attempt:
+    return job.id, job.fence

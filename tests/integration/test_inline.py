@@ -22,7 +22,9 @@ from core4.jobs import Job
 from core4.logs import LogStore
 from core4.queues import JobQueue
 from core4.registry import WorkerRegistry
+from core4.retries import Outcome
 from core4.states import State
+from core4.worker.daemon import Worker
 from tests.helpers import FAST, Command, eventually_async, program
 from tests.integration.test_worker import House, gone, written
 
@@ -61,6 +63,10 @@ def house(
     database: Database, settings: Settings, queue: JobQueue, logs: LogStore, registry: WorkerRegistry
 ) -> InlineHouse:
     return InlineHouse(database, settings, queue, logs, registry)
+
+
+def runs(worker: Worker, job_id: ObjectId) -> bool:
+    return any(each.job.id == job_id for each in worker._executions.values())
 
 
 def reasons(job: Job) -> list[str]:
@@ -442,6 +448,65 @@ async def test_a_line_of_full_names_is_not_read_again_and_again(
     assert looks.count(0) <= 3, looks
 
 
+async def test_what_comes_while_its_name_is_full_is_not_forgotten(house: InlineHouse, tmp_path: Path) -> None:
+    """Nor if the last look at the line was before the name was full, as a caller took its slot back since."""
+    other, one = "tests.jobs.Awaiting", {"max_parallel": 1}
+    gate = str(tmp_path / "gate")
+    waiting = [await house.put("waits", one, pidfile=str(tmp_path / f"pid{n}"), value=gate) for n in range(2)]
+    # A look without a reason is far away.
+    async with house.inline(slots=4, poll=100.0) as running:
+        worker = running.worker
+
+        async def nothing_beside(*names: str) -> bool:
+            return bool(worker._barren == set(names))
+
+        await eventually_async(lambda: nothing_beside(NAME), what="nothing else is in line")
+        document = (await house.queue.store.get(waiting[0])).document
+        caller = Job.from_document({**document, "_id": ObjectId(), "name": other})
+        worker._slots.take(caller)
+        behind = await house.enqueue("answer", name=other, options=one)
+        await eventually_async(lambda: nothing_beside(NAME, other), what="it is left in line")
+        assert (await house.queue.store.get(behind)).state is State.PENDING
+        worker._slots.leave(caller)
+        assert (await house.reach(behind)).state is State.COMPLETE
+        Path(gate).touch()
+        assert {(await house.reach(job_id)).state for job_id in waiting} == {State.COMPLETE}
+
+
+async def test_the_next_attempt_may_begin_before_the_end_of_the_last_is_known_here(
+    house: InlineHouse, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reply comes late: in the database the job is due again. Both are this worker's, and apart."""
+    async with house.inline(slots=2) as running:
+        worker, finish = running.worker, running.worker._backend.finish
+        pidfile, gate = tmp_path / "pid", tmp_path / "gate"
+        told = asyncio.Event()
+
+        async def finish_late(job: Job, outcome: Outcome, *, log_seq: int) -> Job:
+            ended: Job = await finish(job, outcome, log_seq=log_seq)
+            if job.trial == 1:
+                await told.wait()
+            return ended
+
+        async def gone() -> bool:
+            return len(worker._executions) == 1
+
+        monkeypatch.setattr(worker._backend, "finish", finish_late)
+        again = {"attempts": 2, "error_time": 0}
+        job_id = await house.put("waits_in_the_end", again, pidfile=str(pidfile), value=str(gate))
+        await written(pidfile)
+        assert len(worker._executions) == 2
+        told.set()
+        await eventually_async(gone, what="the first attempt is over")
+        assert runs(worker, job_id)
+        assert worker._slots.free == 1
+        gate.touch()
+        job = await house.reach(job_id)
+
+    assert (job.state, job.trial, job.crashes) == (State.COMPLETE, 2, 0)
+    assert (await house.messages(job_id)).count("start execution") == 2
+
+
 # ---------------------------------------------------------------------- what begins with its claim
 
 
@@ -481,7 +546,7 @@ async def test_who_was_frozen_after_a_claim_runs_no_body(
         lost = await house.put("answer", pidfile=str(tmp_path / "pid"))
 
         async def given_up() -> bool:
-            return bool(frozen) and lost not in worker._executions
+            return bool(frozen) and not runs(worker, lost)
 
         await eventually_async(given_up, what="the job is given up")
         worker._renewed += 1000
@@ -555,7 +620,7 @@ async def test_a_lost_lease_ends_one_job_and_not_its_host(house: InlineHouse, tm
         )
 
         async def dropped() -> bool:
-            return lost not in running.worker._executions
+            return not runs(running.worker, lost)
 
         await eventually_async(dropped, what="the worker gives the lost job up")
         gate.touch()

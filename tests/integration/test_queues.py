@@ -223,6 +223,27 @@ async def test_a_claim_tells_whether_another_may_find_more(queue: JobQueue) -> N
     assert job.id == own.id
 
 
+async def test_a_claim_tells_whether_there_is_nothing_for_it(
+    queue: JobQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside names that are full, too; not if it was too late for what it has seen."""
+    where: Any = {"owner": owner(), "namespaces": NAMESPACES, "limit": 2, "rooms": {"tests.Full": 0}}
+    await queue.enqueue(order(name="tests.Full"))
+    assert (await queue.claims.claim(**where)).barren
+
+    await queue.enqueue(order())
+
+    async def too_late(*args: Any) -> None:
+        return None
+
+    monkeypatch.setattr(queue.store, "cas", too_late)
+    lost = await queue.claims.claim(**where)
+    monkeypatch.undo()
+    assert (len(lost), lost.barren) == (0, False)
+    taken = await queue.claims.claim(**where)
+    assert (len(taken), taken.barren) == (1, False)
+
+
 async def test_other_namespaces_and_full_names_stay(queue: JobQueue) -> None:
     """A worker takes only from its namespaces, and no name that is at its limit here."""
     await queue.enqueue(order(namespace="other"))

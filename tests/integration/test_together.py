@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from bson import ObjectId
+from pymongo.errors import AutoReconnect
 
 from core4 import transitions
 from core4.database import Database
@@ -81,6 +82,42 @@ async def test_a_claim_that_is_flagged_at_once_is_a_claim(
     assert [job.id for job in claimed] == [flagged.id]
     assert claimed[0].killed_at is not None
     assert claimed[0].rev == (await queue.store.get(flagged.id)).rev
+
+
+async def test_a_claim_outlives_a_look_into_the_journal_that_fails(
+    queue: JobQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing counts as begun then: the start asks again."""
+    await enqueued(queue, 2)
+
+    async def broken(ids: Sequence[ObjectId]) -> set[ObjectId]:
+        raise AutoReconnect("gone")
+
+    monkeypatch.setattr(queue.store, "in_journal", broken)
+    claimed = await queue.claims.claim(OWNER, namespaces=["DEFAULT"], limit=2, begins=lambda job: 7)
+    monkeypatch.undo()
+
+    assert len(claimed) == 2
+    assert not claimed.begun
+    assert [job.trial for job in done(await queue.start_many([(job, 7) for job in claimed]))] == [1, 1]
+
+
+async def test_a_window_of_less_than_milliseconds_loses_no_claim(
+    queue: JobQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is written is compared with what is stored, if one of several was lost to another."""
+    mine, lost = await enqueued(queue, 2, defer_max=60.33333)
+    bulk_write = queue.store.queue.bulk_write
+
+    async def in_between(*args: Any, **more: Any) -> Any:
+        assert await queue.store.cas(lost, transitions.claim(lost, replace(OWNER, id="other"))) is not None
+        return await bulk_write(*args, **more)
+
+    monkeypatch.setattr(queue.store.queue, "bulk_write", in_between)
+    claimed = await queue.claims.claim(OWNER, namespaces=["DEFAULT"], limit=2, begins=lambda job: 7)
+
+    assert [job.id for job in claimed] == [mine.id]
+    assert claimed[0].inactive_at == (await queue.store.get(mine.id)).inactive_at
 
 
 async def test_what_begins_with_its_claim_needs_no_start(queue: JobQueue) -> None:

@@ -78,6 +78,12 @@ class Shared(Awaiting):
             await asyncio.sleep(0.02)
         return {"pid": os.getpid(), "attempt": self.attempt}
 
+    async def waits_in_the_end(self, pidfile: str, value: Any) -> dict[str, Any]:
+        """The same, but for the first attempt, which fails."""
+        if self.attempt == 1:
+            raise RuntimeError("the first")
+        return await self.waits(pidfile, value)
+
     async def where(self, pidfile: str, value: Any) -> dict[str, Any]:
         """What a host has and has not."""
         return {

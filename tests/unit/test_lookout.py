@@ -8,7 +8,19 @@ from collections.abc import Callable
 
 import pytest
 
-from core4.changes import FEW, FIRST, HEARD, QUIET, Change, Lookout, turn
+from core4.changes import (
+    FEW,
+    FIRST,
+    GAP,
+    HEARD,
+    LONGEST_GAP,
+    MANY,
+    QUIET,
+    Change,
+    Lookout,
+    pause_after,
+    turn,
+)
 from core4.claims import stir
 from core4.jobs import Owner
 from core4.store import QUEUE
@@ -225,3 +237,17 @@ async def test_one_of_a_crowd_lets_others_go_first(taken: Change) -> None:
     assert lookout._heard
     stir(lookout, taken, ME, ["DEFAULT"], lambda namespace: 10**9)
     assert not lookout._heard
+
+
+def test_only_where_many_changes_come_more_are_gathered_for_longer() -> None:
+    """A chain of calls waits for each pause: few changes come at once, again and again."""
+    pause = 0.0
+    for _ in range(10):
+        pause = pause_after(6, pause)
+    assert pause == GAP
+    assert pause_after(0, pause) == 0
+
+    pauses = [pause := pause_after(MANY, pause) for _ in range(10)]
+    assert pauses[0] == 2 * GAP
+    assert pauses[-1] == LONGEST_GAP
+    assert pause_after(MANY - 1, pause) == GAP
