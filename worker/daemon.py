@@ -531,7 +531,7 @@ class Worker:
                 begins=self._begins,
             )
             self._unsure = self._unsure or bool(claimed)
-            self._more = claimed.more
+            self._more = claimed.more or bool(self._came)
             if full and claimed.barren and not (forced or awaited or self._news):
                 self._barren = full | self._came
             for job in claimed:
