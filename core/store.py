@@ -295,11 +295,7 @@ class JobStore:
 
     async def _not_journaled(self, rows: Sequence[Document]) -> list[Document]:
         """Documents of the queue without what is in the journal already, where it is right."""
-        moving = [row["_id"] for row in rows if row.get("settle")]
-        if not moving:
-            return list(rows)
-        copied = await self.journal.find({"_id": {"$in": moving}}, {"_id": 1}).to_list(None)
-        done = {row["_id"] for row in copied}
+        done = await self.in_journal([row["_id"] for row in rows if row.get("settle")])
         return [row for row in rows if row["_id"] not in done]
 
     async def counts(self, where: Mapping[str, Any] | None = None) -> dict[str, int]:

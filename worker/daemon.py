@@ -510,12 +510,13 @@ class Worker:
             return Claimed()
         rooms = {**self._slots.rooms(), **dict.fromkeys(self._foreign, 0)}
         full = {name for name, room in rooms.items() if room <= 0}
-        if self._news or self._work.quiet or not self._backend.is_live():
+        untold = self._work.quiet or not self._backend.is_live()  # it may not have heard of all there is
+        if self._news or untold:
             self._barren = None
         if self._barren is not None and self._barren <= full:
             return Claimed()  # a look would read all that stands in line, for nothing
         self._news, self._came = False, set()
-        pinned, self._pinned = self._pinned or self._work.quiet or not self._backend.is_live(), False
+        pinned, self._pinned = self._pinned or untold, False
         forced, awaited = self._gate.reason is not None, self._slots.lent >= self._settings.max_waiting
         controls = self._controls
         with self._slots.reserved(free):

@@ -256,38 +256,32 @@ class Engine:
     def latency(self, name: str) -> Callable[[], Awaitable[Sequence[float]]]:
         """From the enqueue to the first line of the body, the worker being idle."""
 
-        async def measure() -> Sequence[float]:
-            found = []
-            for _ in range(self.latencies):
-                await _pause()
-                start = time.time()
-                job = await self.queue.enqueue(self.order(name, "DEFAULT"))
-                await self.journaled([job.id])
-                document = self.tables[JOURNAL].find_one({"_id": job.id})
-                assert document is not None
-                found.append(document["result"] - start)
-            return found
+        async def enqueue() -> ObjectId:
+            return (await self.queue.enqueue(self.order(name, "DEFAULT"))).id
 
-        return measure
+        return partial(self._to_bodies, enqueue)
+
+    async def _to_bodies(self, enqueue: Callable[[], Awaitable[ObjectId]]) -> list[float]:
+        found = []
+        for _ in range(self.latencies):
+            await _pause()
+            start = time.time()
+            job_id = await enqueue()
+            await self.journaled([job_id])
+            document = self.tables[JOURNAL].find_one({"_id": job_id})
+            assert document is not None
+            found.append(document["result"] - start)
+        return found
 
     async def posted(self) -> Sequence[float]:
         """The same over HTTP: from a POST on an open connection. The API runs for this figure alone."""
-        port, found = free_port(), []
-        command = [program("core4"), "api"]
+        port, command = free_port(), [program("core4"), "api"]
         with ExitStack() as stack:
             api = stack.enter_context(Command(command, {**self.environ(), "CORE4_PORT": str(port)}))
             await asyncio.to_thread(api.wait_for, "ready", PATIENCE)
             link = stack.enter_context(closing(HTTPConnection("127.0.0.1", port)))
             await self._post(link)  # its password is checked, and the job is looked up
-            for _ in range(self.latencies):
-                await _pause()
-                start = time.time()
-                job_id = await self._post(link)
-                await self.journaled([job_id])
-                document = self.tables[JOURNAL].find_one({"_id": job_id})
-                assert document is not None
-                found.append(document["result"] - start)
-        return found
+            return await self._to_bodies(partial(self._post, link))
 
     async def _post(self, link: HTTPConnection) -> ObjectId:
         wish = {"qual_name": "tests.jobs.InlineStamp", "args": {"n": next(self.numbers)}, "follow": False}

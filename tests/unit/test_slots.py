@@ -26,6 +26,16 @@ async def settled() -> None:
         await asyncio.sleep(0)
 
 
+async def wants_back(slots: Slots, caller: Job, other: Job) -> asyncio.Task[None]:
+    """The caller has lent its slot, the other took it, and now the caller waits for one."""
+    slots.take(caller)
+    slots.lend(caller)
+    slots.take(other)
+    back = asyncio.create_task(slots.take_back(caller))
+    await settled()
+    return back
+
+
 async def test_who_waits_lends_the_slot() -> None:
     one, caller = slots(1), job()
     one.take(caller)
@@ -82,11 +92,7 @@ async def test_an_end_that_is_being_stored_takes_no_slot() -> None:
 
 async def test_who_waits_for_a_slot_has_that_of_a_body_that_ends() -> None:
     one, caller, other = slots(1), job(), job()
-    one.take(caller)
-    one.lend(caller)
-    one.take(other)
-    back = asyncio.create_task(one.take_back(caller))
-    await settled()
+    back = await wants_back(one, caller, other)
     assert not back.done()
 
     one.end(other)
@@ -115,11 +121,7 @@ async def test_what_is_being_claimed_is_not_handed_out() -> None:
 async def test_a_new_call_needs_no_slot() -> None:
     """The job was about to continue and calls again: it is told of the first call, and goes on lending."""
     one, caller, other = slots(1), job(), job()
-    one.take(caller)
-    one.lend(caller)
-    one.take(other)
-    back = asyncio.create_task(one.take_back(caller))
-    await settled()
+    back = await wants_back(one, caller, other)
 
     one.lend(caller)
     await settled()
@@ -147,11 +149,7 @@ async def test_names_that_are_full() -> None:
 
 async def test_the_end_of_who_waits() -> None:
     one, caller, other = slots(1), job(), job()
-    one.take(caller)
-    one.lend(caller)
-    one.take(other)
-    back = asyncio.create_task(one.take_back(caller))
-    await settled()
+    back = await wants_back(one, caller, other)
 
     one.leave(caller)
     await settled()
