@@ -112,6 +112,7 @@ class Claims:
         forced: bool = False,
         awaited: bool = False,
         pinned: bool = True,
+        arrived: Sequence[Document] | None = None,
         controls: Controls = _NO_CONTROLS,
         begins: Begins = _begins_later,
     ) -> Claimed:
@@ -120,8 +121,9 @@ class Claims:
         `rooms` says of how many jobs of a name this worker has room for, `controls` is what operators hold
         back. With `forced` only jobs with force are taken: they are the first in rank, so the same index
         gives them. With `awaited` only jobs that somebody waits for. Without `pinned` those that are for
-        this worker alone, which stand in no line, are not looked for. `begins` says in which process a
-        job begins as soon as it is claimed; what has to be admitted first does not.
+        this worker alone, which stand in no line, are not looked for. `arrived` is all that can be in
+        line, if that is known: then it is not read. `begins` says in which process a job begins as soon
+        as it is claimed; what has to be admitted first does not.
         """
         full = [name for name, room in rooms.items() if room <= 0]
         where: Document = {"name": {"$nin": full}} if full else {}
@@ -129,15 +131,18 @@ class Claims:
             where["awaited"] = True
         if forced:
             where["rank"] = {"$lt": FORCED_BELOW}
+        if forced or awaited:
+            arrived = None  # it may be of any kind
         namespaces = controls.opened(namespaces)
         while True:
             claimed, paused, again = await self._claim_some(
-                owner, namespaces, where, limit, controls, rooms=rooms, pinned=pinned, begins=begins
+                owner, namespaces, where, limit, controls, arrived, rooms=rooms, pinned=pinned, begins=begins
             )
             for name in paused:
                 await self.park(name)
             if claimed or not again:
                 break
+            arrived = None
         claimed.barren = not (claimed or claimed.more)
         if where or controls.closed:
             claimed.more = claimed.pinned = True
@@ -150,6 +155,7 @@ class Claims:
         where: Document,
         limit: int,
         controls: Controls,
+        arrived: Sequence[Document] | None,
         *,
         rooms: Mapping[str, int],
         pinned: bool,
@@ -157,11 +163,13 @@ class Claims:
     ) -> tuple[Claimed, set[str], bool]:
         """Some due jobs, the paused names that were met, and whether others left the line."""
         closed: Document = {"namespace": {"$nin": controls.closed}} if controls.closed else {}
-        peek = limit > 1 or not self._store.database.find_and_modify
+        peek = arrived is not None or limit > 1 or not self._store.database.find_and_modify
+        read = namespaces if peek and arrived is None else ()
         own, (waiting, more) = await asyncio.gather(
             self._pinned(owner, {**where, **closed}, limit if pinned else 0),
-            self._peek(namespaces if peek else (), where, limit + 8),
+            self._peek(read, where, limit + 8),
         )
+        waiting += [job for job in arrived or () if job.get("namespace") in namespaces]
         if own and not peek:
             peek, (waiting, more) = True, await self._peek(namespaces, where, limit + 8)
         if peek:

@@ -16,6 +16,7 @@ from core4.attendance import Contact
 from core4.changes import Listener
 from core4.claims import Begins, Claimed
 from core4.controls import Controls
+from core4.database import Document
 from core4.errors import Core4Error, Unavailable
 from core4.jobs import Job, Owner
 from core4.logs import Line
@@ -121,6 +122,7 @@ class Backend(Protocol):
         forced: bool,
         awaited: bool,
         pinned: bool,
+        arrived: Sequence[Document] | None,
         controls: Controls,
         begins: Begins,
     ) -> Claimed:

@@ -11,7 +11,7 @@ import socket
 import time
 import uuid
 from collections import Counter
-from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping, Sequence, Set
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -21,7 +21,7 @@ from bson import ObjectId
 
 from core4 import identifiers, signatures
 from core4.attendance import TROUBLE, Contact
-from core4.changes import Change, Lookout
+from core4.changes import QUIET, Change, Lookout
 from core4.claims import Claimed, stir
 from core4.config import Settings
 from core4.controls import CONTROL, Controls, Stop
@@ -39,6 +39,7 @@ from core4.worker.gate import Gate
 from core4.worker.handle import Launcher, LauncherDied, Loaded, load_all
 from core4.worker.host import Host, Hosts
 from core4.worker.local import Local
+from core4.worker.prospects import Prospects
 from core4.worker.slots import Slots
 from core4.worker.watch import Watch
 
@@ -75,11 +76,7 @@ class Worker:
         self._hostname = socket.gethostname()
         self._work = Lookout(backend.is_live, settings.poll)
         self._look, self._launchable = asyncio.Event(), asyncio.Event()
-        self._more = True  # jobs may have been left in line by the last look
-        self._news = True  # something may have come into the line since the last look began
-        self._came: set[str] = set()  # names that were full when something of them came, since then
-        self._barren: Set[str] | None = None  # the names beside which nothing was in line, before any news
-        self._pinned = True  # there may be some for this worker alone
+        self._prospects = Prospects(QUIET * settings.poll)
         self._unsure = True  # the database may say that this worker holds jobs that it does not run
         self._slots = Slots(settings.slots or len(os.sched_getaffinity(0)) * 2, self._on_room)
         self._watch = Watch(backend, settings.poll)
@@ -424,8 +421,8 @@ class Worker:
         )
         if self._chores:
             await self._chores.obey(resumed=bool(set(before.pauses) - set(self._controls.pauses)))
-        self._pinned = True
-        self._look_again()
+        self._prospects.doubt_all()
+        self._work.hint()
 
     def _obey_stop(self, told: Stop) -> None:
         if not self._halted.is_set():
@@ -441,11 +438,10 @@ class Worker:
             return
         self._watch.hear(change)
         if change.kind == "insert" and change.fields.get("due") and self._is_full(change.fields.get("name")):
-            self._leave_in_line(change.fields["name"])
+            self._prospects.leave(change.fields["name"])
             return
         pinned = stir(self._work, change, self.owner, self._namespaces, self._crowd)
-        self._pinned = self._pinned or pinned
-        self._news = self._news or pinned or bool(change.fields.get("due"))
+        self._prospects.hear(change, pinned=pinned)
         # What is being claimed may be flagged before it is known here.
         flagged = change.fields.get("killed_at") is not None and (
             self._holding.locked() or any(each.job.id == change.id for each in self._executions.values())
@@ -469,7 +465,8 @@ class Worker:
                     claimed = await self._claim_some()
                 pause = _FIRST_PAUSE
             except TROUBLE as error:
-                self._pinned = self._unsure = self._news = True  # it may have been done
+                self._prospects.doubt_all()
+                self._unsure = True  # it may have been done
                 log.warning("worker.claim_failed", extra={"error": str(error)[:200]})
                 await asyncio.sleep(pause)
                 pause = min(pause * 2, _LAST_PAUSE)
@@ -482,26 +479,19 @@ class Worker:
 
     def _on_room(self) -> None:
         """A slot may have become free: that matters to none if nobody waits."""
-        if self._more:
+        if self._prospects.more:
             self._work.hint()
-
-    def _leave_in_line(self, name: str) -> None:
-        """A job of a full name has come: it is looked for when there is room for it."""
-        self._more = True
-        self._came.add(name)
-        if self._barren is not None:
-            self._barren |= {name}
 
     def _look_again(self) -> None:
         """Something that was not looked at may be there now."""
-        self._news = True
+        self._prospects.doubt()
         self._work.hint()
 
     def _is_full(self, name: object) -> bool:
         return isinstance(name, str) and self._slots.is_full(name)
 
     async def _claim_some(self) -> Claimed:
-        self._more = True  # room that is made during this look may be for what it leaves
+        self._prospects.more = True  # room that is made during this look may be for what it leaves
         free = self._slots.free
         free = free if self._left is None else min(free, self._left)
         if free <= 0 or not self._served() or self._closing.is_set():
@@ -511,12 +501,9 @@ class Worker:
         rooms = {**self._slots.rooms(), **dict.fromkeys(self._foreign, 0)}
         full = {name for name, room in rooms.items() if room <= 0}
         untold = self._work.quiet or not self._backend.is_live()  # it may not have heard of all there is
-        if self._news or untold:
-            self._barren = None
-        if self._barren is not None and self._barren <= full:
-            return Claimed()  # a look would read all that stands in line, for nothing
-        self._news, self._came = False, set()
-        pinned, self._pinned = self._pinned or untold, False
+        look = self._prospects.look(full, untold=untold)
+        if look is None:
+            return Claimed()
         forced, awaited = self._gate.reason is not None, self._slots.lent >= self._settings.max_waiting
         controls = self._controls
         with self._slots.reserved(free):
@@ -527,17 +514,15 @@ class Worker:
                 rooms=rooms,
                 forced=forced,
                 awaited=awaited,
-                pinned=pinned,
+                pinned=look.pinned,
+                arrived=look.arrived,
                 controls=controls,
                 begins=self._begins,
             )
             self._unsure = self._unsure or bool(claimed)
-            self._more = claimed.more or bool(self._came)
-            if full and claimed.barren and not (forced or awaited or self._news):
-                self._barren = full | self._came
+            self._prospects.seen(claimed, full, all_kinds=not (forced or awaited))
             for job in claimed:
                 self._take(job, begun=job.id in claimed.begun)
-        self._pinned = self._pinned or claimed.pinned
         if self._chores and set(controls.pauses) - set(self._controls.pauses):
             # What was resumed during this claim may have been parked by it after all were put back in line.
             await self._chores.obey(resumed=True)

@@ -18,7 +18,7 @@ from core4.children import call_child, ended_children, enqueue_child, kill_child
 from core4.claims import Begins, Claimed
 from core4.config import Settings
 from core4.controls import CONTROL, Controls, ControlStore
-from core4.database import Database
+from core4.database import Database, Document
 from core4.events import EventStore
 from core4.functions import RESULTS
 from core4.inbox import INBOX, Inbox
@@ -135,6 +135,7 @@ class Direct:
         forced: bool,
         awaited: bool,
         pinned: bool,
+        arrived: Sequence[Document] | None,
         controls: Controls,
         begins: Begins,
     ) -> Claimed:
@@ -146,6 +147,7 @@ class Direct:
             forced=forced,
             awaited=awaited,
             pinned=pinned,
+            arrived=arrived,
             controls=controls,
             begins=begins,
         )

@@ -28,6 +28,7 @@ from core4.changes import Change, Listener
 from core4.claims import Begins, Claimed
 from core4.config import Settings
 from core4.controls import CONTROL, Controls, Halt, Pause, Stop
+from core4.database import Document
 from core4.errors import ConfigError, Core4Error, LeaseLost, SourceRefused, Unauthenticated, Unavailable
 from core4.jobs import Job, Owner
 from core4.logs import Line
@@ -246,6 +247,7 @@ class Remote:
         forced: bool,
         awaited: bool,
         pinned: bool,
+        arrived: Sequence[Document] | None,
         controls: Controls,
         begins: Begins,
     ) -> Claimed:

@@ -32,7 +32,7 @@ from pymongo import monitoring
 
 from core4 import attendance, changes
 from core4.attendance import TROUBLE, Attendance, Contact
-from core4.changes import Change, ChangeFeed, Lookout
+from core4.changes import QUIET, Change, ChangeFeed, Lookout
 from core4.claims import stir
 from core4.config import Settings
 from core4.controls import CONTROL
@@ -42,6 +42,7 @@ from core4.queues import JobQueue
 from core4.registry import WORKER, WorkerRegistry
 from core4.retries import Outcome
 from core4.store import QUEUE
+from core4.worker.prospects import Prospects
 from tests.bench.server import server
 
 Document = dict[str, Any]
@@ -106,14 +107,18 @@ class Member:
             self.queue,
             contact=self.contact,
             name=lambda: self.owner.worker,
-            woken=self.lookout.hint,
+            woken=self.look_again,
             live=self._is_live,
         )
         self.running: set[asyncio.Task[None]] = set()
-        self.more = self.pinned = True
+        self.prospects = Prospects(QUIET * hall.settings.poll)
 
     def _is_live(self) -> bool:
         return self.hall.feed.live
+
+    def look_again(self) -> None:
+        self.prospects.doubt()
+        self.lookout.hint()
 
     def parts(self) -> list[Coroutine[Any, Any, None]]:
         return [self.beat(), self.claim_jobs(), *self.chores.parts()]
@@ -121,8 +126,8 @@ class Member:
     def hear(self, change: Change) -> None:
         self.chores.hear(change)
         if change.collection in (QUEUE, ""):
-            found = stir(self.lookout, change, self.owner, [NAMESPACE], self.chores.crowd)
-            self.pinned = self.pinned or found
+            pinned = stir(self.lookout, change, self.owner, [NAMESPACE], self.chores.crowd)
+            self.prospects.hear(change, pinned=pinned)
 
     async def beat(self) -> None:
         while True:
@@ -135,25 +140,32 @@ class Member:
         """As `core4.worker.daemon.Worker` does."""
         while True:
             self.lookout.looking()
-            self.more = True
+            self.prospects.more = True
             if free := SLOTS - len(self.running):
                 await self._look(free)
             await self.lookout.wait()
 
     async def _look(self, free: int) -> None:
-        pinned, self.pinned = self.pinned or self.lookout.quiet or not self._is_live(), False
+        look = self.prospects.look((), untold=self.lookout.quiet or not self._is_live())
+        assert look is not None  # no name is full
         self.hall.looking += 1
         claimed = await self.hall.insist(
-            lambda: self.queue.claims.claim(self.owner, namespaces=[NAMESPACE], limit=free, pinned=pinned)
+            lambda: self.queue.claims.claim(
+                self.owner,
+                namespaces=[NAMESPACE],
+                limit=free,
+                pinned=look.pinned,
+                arrived=look.arrived,
+            )
         )
         self.hall.looking -= 1
+        self.prospects.seen(claimed, (), all_kinds=True)
         self.hall.looks["looks"] += 1
         self.hall.looks["empty"] += not claimed
         for job in claimed:
             task = asyncio.create_task(self._run(job))
             self.running.add(task)
             task.add_done_callback(self._ended)
-        self.more, self.pinned = claimed.more, self.pinned or claimed.pinned
         if claimed and claimed.more:
             self.lookout.hint()
         elif not claimed.more:
@@ -169,7 +181,7 @@ class Member:
     def _ended(self, task: asyncio.Task[None]) -> None:
         self.running.discard(task)
         self.hall.failures += [error] if not task.cancelled() and (error := task.exception()) else []
-        if self.more:
+        if self.prospects.more:
             self.lookout.hint()
 
 

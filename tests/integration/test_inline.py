@@ -425,7 +425,7 @@ async def test_a_line_of_full_names_is_not_read_again_and_again(
             return claimed
 
         async def nothing_else() -> bool:
-            return bool(worker._barren == {NAME})
+            return bool(worker._prospects._barren == {NAME})
 
         monkeypatch.setattr(worker._backend, "claim", counted)
         one = {"max_parallel": 1}
@@ -448,6 +448,31 @@ async def test_a_line_of_full_names_is_not_read_again_and_again(
     assert looks.count(0) <= 3, looks
 
 
+async def test_what_comes_into_an_empty_line_is_not_read_there(
+    house: InlineHouse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The word of it brings all that its claim needs."""
+    async with house.inline(slots=4, poll=100.0) as running:
+        prospects, claims = running.worker._prospects, running.worker._backend._queue.claims
+        peek, reads = claims._peek_namespace, list[Any]()
+
+        async def counted(*args: Any) -> Any:
+            reads.append(args)
+            return await peek(*args)
+
+        async def at_the_end() -> bool:
+            return prospects._arrived is not None and not running.worker._holding.locked()
+
+        monkeypatch.setattr(claims, "_peek_namespace", counted)
+        await house.reach(await house.put("answer"))
+        await eventually_async(at_the_end, what="the line is known to be empty")
+        reads.clear()
+        done = [await house.reach(await house.put("answer")) for _ in range(5)]
+
+    assert {job.state for job in done} == {State.COMPLETE}
+    assert not reads
+
+
 async def test_what_comes_while_its_name_is_full_is_not_forgotten(house: InlineHouse, tmp_path: Path) -> None:
     """Nor if the last look at the line was before the name was full, as a caller took its slot back since."""
     other, one = "tests.jobs.Awaiting", {"max_parallel": 1}
@@ -458,7 +483,7 @@ async def test_what_comes_while_its_name_is_full_is_not_forgotten(house: InlineH
         worker = running.worker
 
         async def nothing_beside(*names: str) -> bool:
-            return bool(worker._barren == set(names))
+            return bool(worker._prospects._barren == set(names))
 
         await eventually_async(lambda: nothing_beside(NAME), what="nothing else is in line")
         document = (await house.queue.store.get(waiting[0])).document

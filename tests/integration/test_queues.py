@@ -14,6 +14,7 @@ import pytest
 from bson import ObjectId
 
 from core4 import jobs
+from core4.claims import Claimed
 from core4.config import Settings
 from core4.database import Database
 from core4.errors import Conflict, JobExists, JobNotFound, LeaseLost
@@ -221,6 +222,37 @@ async def test_a_claim_tells_whether_another_may_find_more(queue: JobQueue) -> N
     assert await look(limit=2, pinned=False) == (0, False, False)
     (job,) = await queue.claims.claim(**where, limit=2)
     assert job.id == own.id
+
+
+async def test_what_is_known_to_have_come_is_claimed_without_reading(
+    queue: JobQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """First in line first, of the own namespaces only; who was too late for one of them has to read."""
+    jobs = [await queue.enqueue(order(n, options={"priority": n})) for n in range(4)]
+    elsewhere = await queue.enqueue(order(4, namespace="elsewhere"))
+    arrived = [job.document for job in (*jobs, elsewhere)]
+    me, reads = owner(), list[Any]()
+    peek = queue.claims._peek_namespace
+
+    async def counted(*args: Any) -> Any:
+        reads.append(args)
+        return await peek(*args)
+
+    monkeypatch.setattr(queue.claims, "_peek_namespace", counted)
+
+    async def claim(**more: Any) -> Claimed:
+        return await queue.claims.claim(me, namespaces=NAMESPACES, pinned=False, **more)
+
+    first = await claim(limit=2, arrived=arrived)
+    assert [job.id for job in first] == [jobs[3].id, jobs[2].id]
+    assert first.more
+    late = await claim(limit=4, arrived=arrived)
+    assert {job.id for job in late} == {jobs[1].id, jobs[0].id}
+    assert late.more  # it has lost two of them: others may stand there
+    assert not (await claim(limit=4, arrived=[])).more
+    assert not reads
+    assert await claim(limit=4, arrived=[], forced=True) == []
+    assert reads  # not all that comes is forced
 
 
 async def test_a_claim_tells_whether_there_is_nothing_for_it(
