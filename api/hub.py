@@ -13,7 +13,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from time import monotonic
-from typing import Any
+from typing import Any, Self
 
 from bson import ObjectId
 from pymongo.errors import PyMongoError
@@ -99,29 +99,22 @@ class Hub:
             if not self._waiting[subject]:
                 del self._waiting[subject]
 
-    @contextmanager
-    def follow(self, job_id: ObjectId, cursor: Cursor) -> Iterator[Follower]:
-        """A reader of the job's frames behind `cursor`; the room closes with its last one."""
+    def enter(self, job_id: ObjectId, cursor: Cursor, transport: asyncio.Transport) -> Room:
+        """The room of a job with one follower more, whose connection is cut with the others at the end."""
         room = self._rooms.get(job_id)
         if room is None:
             room = self._rooms[job_id] = Room(self, job_id, cursor)
         room.followers += 1
-        try:
-            yield Follower(room, cursor)
-        finally:
-            room.followers -= 1
-            if not room.followers:
-                del self._rooms[job_id]
-                room.close()
-
-    @contextmanager
-    def stream(self, transport: asyncio.Transport) -> Iterator[None]:
-        """Count a connection among the open streams, to be cut at the end."""
         self._open.add(transport)
-        try:
-            yield
-        finally:
-            self._open.discard(transport)
+        return room
+
+    def leave(self, room: Room, transport: asyncio.Transport) -> None:
+        """The room closes with its last follower."""
+        self._open.discard(transport)
+        room.followers -= 1
+        if not room.followers:
+            del self._rooms[room.job_id]
+            room.close()
 
     def cut(self) -> None:
         """End all open streams without a word: their readers come back where they stopped."""
@@ -240,14 +233,26 @@ class Room:
 
 
 class Follower:
-    """One reader of a room. `cursor` is behind what `next` has returned."""
+    """One reader of a room, within a `with` block. `cursor` is behind what `next` has returned.
 
-    def __init__(self, room: Room, cursor: Cursor) -> None:
-        self._room = room
+    There are thousands of these: no generators, no dictionaries.
+    """
+
+    __slots__ = ("_began", "_hub", "_place", "_room", "_transport", "cursor", "live")
+
+    def __init__(self, hub: Hub, job_id: ObjectId, cursor: Cursor, transport: asyncio.Transport) -> None:
+        self._hub, self._transport = hub, transport
+        self._room = hub.enter(job_id, cursor, transport)  # left by the end of the block
         self._began = 0  # number of the first frame that `next` took last, whether it was new or not
         self._place: int | None = None  # number of the next frame; None: not among those that are kept
         self.cursor = cursor
         self.live = False  # True once everything that was stored has been read
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._hub.leave(self._room, self._transport)
 
     async def next(self) -> list[Frame]:
         """The next frames, at least one; none at all when the job has ended and everything was returned."""

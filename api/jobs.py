@@ -79,7 +79,7 @@ async def enqueue(request: web.Request, args: Args) -> web.StreamResponse:
     except UnknownJob:  # here, and not for each of a batch: the whole catalogue is looked through
         raise await unknown(request, args["qual_name"]) from None
     if args["follow"]:
-        return await follow_job(request, job.id, job.document)
+        return await follow_job(request, job.id)
     flash = await unserved(request, job.name, job.namespace)
     headers = job_headers(job.id) | ({"Idempotent-Replayed": "true"} if replayed else {})
     return reply(request, str(job.id), flash=flash, headers=headers)
@@ -346,15 +346,15 @@ async def missing_id(request: web.Request, args: Args) -> web.Response:
 
 async def follow(request: web.Request, args: Args) -> web.StreamResponse:
     """GET job/follow/<_id>: states and log of a job as they come."""
-    job_id, document, _ = await find(request, request.match_info["_id"], "r", together=True)
-    return await follow_job(request, job_id, document, last_event_id=args["last_event_id"])
+    job_id = await _readable(request)
+    return await follow_job(request, job_id, last_event_id=args["last_event_id"])
 
 
 async def log_lines(request: web.Request, args: Args) -> web.StreamResponse:
     """GET job/log/<_id>: a page of the job's log, or with `follow` its stream."""
-    job_id, document, _ = await _find(request, "r")
+    job_id = await _readable(request)
     if args["follow"]:
-        return await follow_job(request, job_id, document, states=False, last_event_id=args["last_event_id"])
+        return await follow_job(request, job_id, states=False, last_event_id=args["last_event_id"])
     page = await _log_page(request, job_id, args)
     return page_reply(request, page, page.rows)
 
@@ -419,9 +419,9 @@ async def restart(request: web.Request, args: Args) -> web.StreamResponse:
         request.app[QUEUE].restart(job_id, by=request[USER].name, hostname=socket.gethostname())
     )
     # While a kill is under way the new job is made when the old one has ended.
-    document = await wait_for(request, child_id, _kill_wait(request), ended=False)
+    await wait_for(request, child_id, _kill_wait(request), ended=False)
     if args["follow"]:
-        return await follow_job(request, child_id, document)
+        return await follow_job(request, child_id)
     return reply(request, str(child_id), headers=job_headers(child_id))
 
 
@@ -447,6 +447,12 @@ async def _find(request: web.Request, mode: str) -> tuple[ObjectId, Document, bo
     Raises: JobNotFound, Forbidden.
     """
     return await find(request, request.match_info["_id"], mode)
+
+
+async def _readable(request: web.Request) -> ObjectId:
+    """The id of a job that the user may read. Raises: as `find`."""
+    job_id, _, _ = await find(request, request.match_info["_id"], "r", together=True)
+    return job_id
 
 
 async def find(

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any
 
 from aiohttp import hdrs, web
+from aiohttp_sse import EventSourceResponse
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
@@ -20,7 +21,6 @@ from core4.states import State
 Args = dict[str, Any]
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
-STREAM = "text/event-stream"
 # Of jobs that wait for a worker it matters since when.
 AWAITED = (State.PENDING, State.BLOCKED)
 
@@ -48,7 +48,7 @@ class Metrics:
         resource = request.match_info.route.resource
         route = resource.canonical if resource is not None else "none"
         method = request.method if request.method in hdrs.METH_ALL else "other"
-        timed = isinstance(response, web.Response) or response.content_type != STREAM
+        timed = not isinstance(response, EventSourceResponse)
         key = method, route, response.status, timed
         if key not in self._series:
             self._series[key] = self._made(*key)

@@ -14,7 +14,7 @@ from aiohttp_sse import EventSourceResponse
 from bson import ObjectId
 
 from core4.api.frames import Cursor, Frame, Mode, close_frame, transitions
-from core4.api.hub import Follower
+from core4.api.hub import Follower, Hub
 from core4.api.keys import BASE, HUB, SEATS, SETTINGS, USER
 from core4.results import has_ended
 
@@ -32,27 +32,37 @@ def job_headers(job_id: ObjectId) -> dict[str, str]:
 
 
 async def follow_job(
-    request: web.Request,
-    job_id: ObjectId,
-    document: Mapping[str, Any] | None,
-    *,
-    states: bool = True,
-    last_event_id: str = "",
+    request: web.Request, job_id: ObjectId, *, states: bool = True, last_event_id: str = ""
 ) -> web.StreamResponse:
-    """Stream a job that may be read: its `document` has been looked up, or is promised (None).
+    """Stream a job that may be read: it is there, or promised.
 
     Raises: BadRequest for a cursor that cannot be read; TooManyRequests, Unavailable if too many are open.
     """
     # A browser that comes back sends the header; its first request can only have the query.
     cursor = Cursor.parse(request.headers.get("Last-Event-ID", "") or last_event_id)
-    if document is not None and cursor != Cursor():
-        last_seq = await request.app[HUB].last_seq(job_id)
-        if _all_read(document, cursor, last_seq):
+    if cursor != Cursor():
+        left = await _left_of(request.app[HUB], job_id, cursor)
+        if left is None:
             return web.Response(status=204, headers=job_headers(job_id))
-        # A number from elsewhere must not hide what is there.
-        cursor = Cursor(min(cursor.rev, document["rev"]), min(cursor.seq, last_seq))
+        cursor = left
     with request.app[SEATS].taken(request[USER].name, job_id=str(job_id)):
         return await _stream(request, job_id, cursor, states=states)
+
+
+async def _left_of(hub: Hub, job_id: ObjectId, cursor: Cursor) -> Cursor | None:
+    """Where to go on for who comes back; None if everything has been read.
+
+    On its own, as thousands of followers would each hold the document for as long as they follow.
+    """
+    found = await hub.find(job_id)
+    if found is None:
+        return cursor
+    document, _ = found
+    last_seq = await hub.last_seq(job_id)
+    if _all_read(document, cursor, last_seq):
+        return None
+    # A number from elsewhere must not hide what is there.
+    return Cursor(min(cursor.rev, document["rev"]), min(cursor.seq, last_seq))
 
 
 def _all_read(document: Mapping[str, Any], cursor: Cursor, last_seq: int) -> bool:
@@ -66,7 +76,7 @@ def _all_read(document: Mapping[str, Any], cursor: Cursor, last_seq: int) -> boo
 async def _stream(
     request: web.Request, job_id: ObjectId, cursor: Cursor, *, states: bool
 ) -> web.StreamResponse:
-    hub, transport = request.app[HUB], request.transport
+    transport = request.transport
     if transport is None:
         raise ConnectionResetError
     response = EventSourceResponse(
@@ -79,9 +89,10 @@ async def _stream(
     # The end of the connection is the end of the stream for readers that know no events.
     response.headers["Connection"] = "close"
     response.force_close()
-    with hub.stream(transport), hub.follow(job_id, cursor) as follower:
+    with Follower(request.app[HUB], job_id, cursor, transport) as follower:
         try:
             await response.prepare(request)
+            response.headers.clear()  # they are sent: a tenth of what a follower costs
             async with response:
                 await _write(transport, response, RETRY)
                 await _send_all(transport, response, follower, states=states)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable
 from time import monotonic
 
 from core4.errors import TooManyRequests, Unavailable
@@ -119,14 +118,24 @@ class Seats:
             text = f"this process has {self._most} open streams and waiting requests, try again later"
             raise Unavailable(text, retry_after=SEAT_WAIT, **facts)
 
-    @contextmanager
-    def taken(self, user: str, **facts: str) -> Iterator[None]:
+    def taken(self, user: str, **facts: str) -> _Seat:
         """Have one within the block. Raises: as `check`."""
         self.check(user, **facts)
-        self._taken[user] += 1
-        try:
-            yield
-        finally:
-            self._taken[user] -= 1
-            if not self._taken[user]:
-                del self._taken[user]
+        return _Seat(self._taken, user)
+
+
+class _Seat:
+    """One that is taken; thousands are held at a time."""
+
+    __slots__ = ("_taken", "_user")
+
+    def __init__(self, taken: Counter[str], user: str) -> None:
+        self._taken, self._user = taken, user
+
+    def __enter__(self) -> None:
+        self._taken[self._user] += 1
+
+    def __exit__(self, *_: object) -> None:
+        self._taken[self._user] -= 1
+        if not self._taken[self._user]:
+            del self._taken[self._user]

@@ -7,8 +7,7 @@ the way say it, too, without knowing it. The most specific one is the `identifie
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from contextvars import ContextVar
 from typing import Any
 
@@ -25,14 +24,24 @@ def bind(fields: Mapping[str, Any]) -> None:
     _bound.set((*_bound.get(), fields))
 
 
-@contextmanager
-def about(**fields: Any) -> Iterator[None]:
+def about(**fields: Any) -> _Block:
     """The same for the length of a block."""
-    token = _bound.set((*_bound.get(), fields))
-    try:
-        yield
-    finally:
-        _bound.reset(token)
+    return _Block(fields)
+
+
+class _Block:
+    """Around each request, and there are thousands of streams: a generator would be four times as large."""
+
+    __slots__ = ("_fields", "_token")
+
+    def __init__(self, fields: Mapping[str, Any]) -> None:
+        self._fields = fields
+
+    def __enter__(self) -> None:
+        self._token = _bound.set((*_bound.get(), self._fields))
+
+    def __exit__(self, *_: object) -> None:
+        _bound.reset(self._token)
 
 
 def bound() -> dict[str, Any]:

@@ -40,6 +40,7 @@ from core4.users import UserStore
 from tests.bench.sockets import ask, listening, request
 from tests.helpers import ADMIN, ROOT, Command, eventually, free_port, program
 
+FIRST = 50  # followers before memory is measured: what they make the process load is no memory of the others
 CLIENTS = 2_000
 CONNECTIONS = 32
 EVENTS = 50
@@ -72,8 +73,10 @@ class Server:
 class Bench:
     """The API and the bare server on one database, and the probes."""
 
-    def __init__(self, loop: asyncio.Runner, database: Database, api: Server, bare: Server) -> None:
-        self.loop, self.database, self.api, self.bare = loop, database, api, bare
+    def __init__(
+        self, loop: asyncio.Runner, database: Database, api: Server, bare: Server, library: Server
+    ) -> None:
+        self.loop, self.database, self.api, self.bare, self.library = loop, database, api, bare, library
         self.clients = CLIENTS  # that follow
         self.queue, self.logs = JobQueue(database, Settings()), LogStore(database)
         self.owner = Owner("bench", "bench@here", "here", os.getpid())
@@ -137,11 +140,27 @@ class Bench:
 
     def followed(self) -> Values:
         """Followers of one job: their memory, one line to all, and fifty."""
-        return _beside("sse", self._followed(), self._listened())
+        values = _beside("sse", self._followed(), self._listened())
+        values["sse.kb.library"] = self._library_kb()
+        values["sse.kb.to_library"] = values["sse.kb"] / values["sse.kb.library"]
+        return values
+
+    def _library_kb(self) -> float:
+        """Memory of who listens to aiohttp-sse."""
+        wire = request("GET", "/library_events", {})
+        with listening(self.library.port, wire, FIRST):
+            pass
+        before = self.library.memory
+        with listening(self.library.port, wire, self.clients) as clients:
+            clients.drain(0.5)
+            return (self.library.memory - before) / self.clients / 1024
 
     def _listened(self) -> Values:
+        wire = request("GET", "/events", {})
+        with listening(self.bare.port, wire, FIRST):
+            pass
         before = self.bare.memory
-        with listening(self.bare.port, request("GET", "/events", {}), self.clients) as clients:
+        with listening(self.bare.port, wire, self.clients) as clients:
             values = {"connect_s": clients.connect_seconds}
             clients.drain(0.5)
             values["kb"] = (self.bare.memory - before) / self.clients / 1024
@@ -163,10 +182,8 @@ class Bench:
     def _followed(self) -> Values:
         job = self._running()
         wire = request("GET", f"{BASE}/job/follow/{job.id}", {**AUTH, "Accept": "text/event-stream"})
-        with listening(self.api.port, wire, 50) as first:
-            first.wait_for(
-                b"event: state\n", 2
-            )  # what these make the process load is no memory of the others
+        with listening(self.api.port, wire, FIRST) as first:
+            first.wait_for(b"event: state\n", 2)
         before = self.api.memory
         with listening(self.api.port, wire, self.clients) as clients:
             values = {"connect_s": clients.connect_seconds}
@@ -234,18 +251,23 @@ def _running() -> Iterator[tuple[Bench, str]]:
         loop.run(_prepare(database))
         settings = {"CORE4_MONGO_URL": url, "CORE4_MONGO_DATABASE": name, "CORE4_HOME": str(home)}
         limits = {"CORE4_STREAMS_PER_USER": "100000", "CORE4_STREAMS": "100000"}
-        ports = free_port(), free_port()
+        port = free_port()
         api = stack.enter_context(
-            Command([program("core4"), "api"], {**settings, **limits, "CORE4_PORT": str(ports[0])})
+            Command([program("core4"), "api"], {**settings, **limits, "CORE4_PORT": str(port)})
         )
-        bare = stack.enter_context(
-            Command([sys.executable, "-m", "tests.bench.bare", str(ports[1]), url], cwd=ROOT)
-        )
+        bare, library = stack.enter_context(_bare(url)), stack.enter_context(_bare(url))
         api.wait_for("ready")
-        eventually(lambda: _answers(ports[1]), 30, what="the bare server answers")
-        bench = Bench(loop, database, Server(api.process.pid, ports[0]), Server(bare.process.pid, ports[1]))
+        bench = Bench(loop, database, Server(api.process.pid, port), bare, library)
         info = MongoClient[Document](url).admin.command("buildInfo")
         yield bench, str(info.get("secantusVersion") or info.get("version"))
+
+
+@contextmanager
+def _bare(url: str) -> Iterator[Server]:
+    port = free_port()
+    with Command([sys.executable, "-m", "tests.bench.bare", str(port), url], cwd=ROOT) as command:
+        eventually(lambda: _answers(port), 30, what="the bare server answers")
+        yield Server(command.process.pid, port)
 
 
 async def _prepare(database: Database) -> None:

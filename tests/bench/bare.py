@@ -10,9 +10,10 @@ import itertools
 import json
 import sys
 from contextlib import suppress
-from typing import Any
+from typing import Any, Never
 
 from aiohttp import web
+from aiohttp_sse import sse_response
 from bson import ObjectId
 from motor.motor_asyncio import AsyncIOMotorClient
 from pymongo import WriteConcern
@@ -65,6 +66,14 @@ async def events(request: web.Request) -> web.StreamResponse:
     return response
 
 
+async def library_events(request: web.Request) -> Never:
+    """The same as aiohttp-sse's readme has it: its response, and a queue for each who listens."""
+    queue: asyncio.Queue[str] = asyncio.Queue()
+    async with sse_response(request) as response:
+        while True:
+            await response.send(await queue.get(), event="log")
+
+
 async def publish(request: web.Request) -> web.Response:
     """So many events, one after the other, each encoded once and written to all."""
     for n in range(int(request.query["events"])):
@@ -90,6 +99,7 @@ def main() -> None:
     app.router.add_post("/insert", insert)
     app.router.add_post("/insert_many", insert_many)
     app.router.add_get("/events", events)
+    app.router.add_get("/library_events", library_events)
     app.router.add_get("/publish", publish)
     app.router.add_route("*", "/{path:.*}", answer)
     web.run_app(

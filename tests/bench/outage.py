@@ -133,7 +133,7 @@ def outcomes(row: Document) -> int:
 
 def run(options: argparse.Namespace) -> Document:
     """The whole run: what became of the jobs."""
-    with stand(options.workers, kind=Server) as here:
+    with stand(options.workers, embedded=Server) as here:
         clients, start = Clients(here, options.jobs), time.monotonic()
         clients.start()
         pauses = outages(here, clients, options.jobs, options.kills)

@@ -24,14 +24,14 @@ def server(stack: ExitStack) -> tuple[str, Document]:
         embedded = stack.enter_context(EmbeddedServer(home))
         url, kind = embedded.url, embedded.kind
     return url, {
-        "server": f"{kind}: {_server_of(url)}",
+        "server": f"{kind}: {version_of(url)}",
         "python": platform.python_version(),
         "cores": os.cpu_count(),
         "load": os.getloadavg()[0],
     }
 
 
-def _server_of(url: str) -> str:
+def version_of(url: str) -> str:
     """What the server says it is."""
     client: MongoClient[Document] = MongoClient(url)
     info = client.admin.command("buildInfo")

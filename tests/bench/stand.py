@@ -22,6 +22,7 @@ from typing import Any
 import psutil
 from bson import ObjectId
 from pymongo import MongoClient
+from pymongo.uri_parser import parse_uri
 
 from core4.catalogue import Catalogue
 from core4.config import Settings
@@ -34,12 +35,12 @@ from core4.registry import WorkerRegistry
 from core4.retries import Outcome
 from core4.store import JOURNAL
 from core4.users import UserStore
+from tests.bench.server import version_of
 from tests.helpers import ADMIN, ROOT, Command, free_port, program
 
 Document = dict[str, Any]
 JOBS = ROOT / "tests/jobs/bench.py"
 AUTH = {"Authorization": "Basic " + b64encode(":".join(ADMIN).encode()).decode()}
-NAME = "bench"  # of the database
 SLOTS = 32  # of each worker
 BULK = 1_000  # documents that are stored at once
 LOOP = 40_000  # steps of the loop that says how fast the machine is just now: some milliseconds
@@ -83,12 +84,13 @@ class Pace(threading.Thread):
 class Stand:
     """What runs, how to reach it, and what it has used."""
 
-    def __init__(self, server: EmbeddedServer, loop: asyncio.Runner, pids: dict[str, list[int]]) -> None:
-        self.server, self.loop, self.pids = server, loop, pids
-        self.kind = server.kind
-        self.database = loop.run(Database.connect(server.url, NAME))
-        self.client: MongoClient[Document] = MongoClient(server.url)
-        self.tables = self.client[NAME]
+    def __init__(self, url: str, kind: str, loop: asyncio.Runner, pids: dict[str, list[int]]) -> None:
+        self.kind, self.loop, self.pids = kind, loop, pids
+        self.server: EmbeddedServer | None = None  # if it is not one that somebody named
+        self.name = f"bench_{os.getpid()}"  # of the database
+        self.database = loop.run(Database.connect(url, self.name))
+        self.client: MongoClient[Document] = MongoClient(url)
+        self.tables = self.client[self.name]
         self.queue = JobQueue(self.database, Settings())
         self.logs = LogStore(self.database)
         self.owner = Owner("bench", "bench@here", "here", 1)
@@ -144,23 +146,33 @@ def _copy(row: Document, number: int, start: datetime) -> Document:
 
 @contextmanager
 def stand(
-    workers: int = 1, *, kind: Callable[[Path], EmbeddedServer] = EmbeddedServer, **environ: str
+    workers: int = 1, *, embedded: Callable[[Path], EmbeddedServer] | None = None, **environ: str
 ) -> Iterator[Stand]:
-    """A server with nothing in it, that many workers and one API process, until the block ends."""
+    """A database with nothing in it, that many workers and one API process, until the block ends.
+
+    On the server that `CORE4_MONGO_URL` names; else, or if one is asked for, on an embedded one.
+    """
     with ExitStack() as stack:
         home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="core4-bench-")))
-        server = kind(home / "data")
-        stack.enter_context(server)
-        state = running(home / "data")
-        assert state is not None
         loop = stack.enter_context(asyncio.Runner())
-        pids: dict[str, list[int]] = {"db": [state.pid], "worker": [], "api": []}
-        found = Stand(server, loop, pids)
+        url = os.environ.get("CORE4_MONGO_URL", "") if embedded is None else ""
+        server = None if url else stack.enter_context((embedded or EmbeddedServer)(home / "data"))
+        if server is not None:
+            state = running(home / "data")
+            assert state is not None
+            url, kind, processes = server.url, server.kind, [state.pid]
+        else:
+            kind, processes = version_of(url), _listeners(url)
+        pids: dict[str, list[int]] = {"db": processes, "worker": [], "api": []}
+        found = Stand(url, kind, loop, pids)
+        found.server = server
         stack.callback(found.client.close)
         stack.callback(lambda: loop.run(found.database.close()))
+        if server is None:
+            stack.callback(found.client.drop_database, found.name)
         loop.run(_prepare(found.database, known=not workers))
         found.port = free_port()
-        own = {"CORE4_MONGO_URL": server.url, "CORE4_MONGO_DATABASE": NAME, "CORE4_HOME": str(home)}
+        own = {"CORE4_MONGO_URL": url, "CORE4_MONGO_DATABASE": found.name, "CORE4_HOME": str(home)}
         more = {"CORE4_MAX_CPU": "100", "CORE4_SLOTS": str(SLOTS), "CORE4_PORT": str(found.port)}
         found.environ = {**own, **more, **_MANY, **environ}
         worker = [program("core4"), "worker", str(JOBS)]
@@ -168,6 +180,15 @@ def stand(
         commands.append(("api", Command([program("core4"), "api"], found.environ, cwd=home)))
         _start(stack, commands, pids)
         yield found
+
+
+def _listeners(url: str) -> list[int]:
+    """The processes of this machine that listen at the ports of a URL: their time is the database's."""
+    ports = {port for _, port in parse_uri(url)["nodelist"]}
+    listening = [each for each in psutil.net_connections("tcp") if each.status == psutil.CONN_LISTEN]
+    return sorted(
+        {each.pid for each in listening if each.laddr and each.laddr.port in ports and each.pid is not None}
+    )
 
 
 def _start(stack: ExitStack, commands: Sequence[tuple[str, Command]], pids: dict[str, list[int]]) -> None:
