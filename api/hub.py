@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Hashable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from time import monotonic
 from typing import Any, Self
@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 PAGE = 1000  # lines read at once
 PAGE_TEXT = 256 * 1024  # characters in them: each slow follower holds a page of its own
 READS = 4  # of them under way at the same time, for the same reason
+SLICE = 100  # followers that are sent something before others get their turn
 GAP = 0.02  # seconds: what changes within them is read together
 REREAD = 5.0  # seconds after which a job is read without being told
 REREADS = 50  # such reads per second, of however many jobs
@@ -162,12 +163,13 @@ class Room:
         self.caught_up = False  # everything that was stored when the room opened has been read
         self.ended = False
         self.start = self.cursor = cursor  # before the first and behind the last frame that is kept
+        self.before = cursor  # the first frame that was read last
         self.first = 0  # number of the first frame that is kept, counted from the opening of the room
         self.newest = 0  # number of the first frame that was read last
         self.shares = False  # these are few enough to be kept as they are sent
         self.frames: list[Frame] = []
         self.encoded: dict[Hashable, list[bytes]] = {}  # what was read last as it is sent to most
-        self.news = asyncio.Event()
+        self._waiting: dict[Follower, asyncio.Future[None]] = {}  # those that have read all there is
         self._hub = hub
         self._bytes = 0
         self._task = asyncio.create_task(self._run(), name=f"room {job_id}")
@@ -188,7 +190,7 @@ class Room:
                 patient = not late_since or monotonic() - late_since < PATIENCE
                 batch = await self._try_read(patient=patient)
                 # None: promised by a restart but not made yet; or gone for good.
-                self._publish(batch or Batch(cursor=self.cursor, ended=seen))
+                await self._publish(batch or Batch(cursor=self.cursor, ended=seen))
                 seen = seen or batch is not None
                 waiting = batch is not None and batch.waiting
                 late_since = (late_since or monotonic()) if waiting else 0.0
@@ -208,7 +210,7 @@ class Room:
                 log.exception("room.failed", extra={"job_id": str(self.job_id)})
             await asyncio.sleep(OUTAGE)
 
-    def _publish(self, batch: Batch) -> None:
+    async def _publish(self, batch: Batch) -> None:
         caught_up = self.caught_up or not batch.more
         if not batch.frames and (caught_up, batch.ended) == (self.caught_up, self.ended):
             return  # thousands need not be woken to be told nothing
@@ -218,9 +220,28 @@ class Room:
         self.frames += batch.frames
         self._bytes += size
         self._trim()
-        self.cursor, self.ended, self.caught_up = batch.cursor, batch.ended, caught_up
-        self.news.set()
-        self.news = asyncio.Event()
+        self.before, self.cursor = self.cursor, batch.cursor
+        self.ended, self.caught_up = batch.ended, caught_up
+        await self._hand_out()
+
+    async def _hand_out(self) -> None:
+        """Send what was read last to those that wait for it; wake who has to see for himself.
+
+        To wake a task costs more than what it would then do. Whatever else the process does goes between.
+        """
+        for number, (follower, woken) in enumerate(tuple(self._waiting.items()), 1):
+            if not woken.done() and not follower.pushed():
+                woken.set_result(None)
+            if not number % SLICE:
+                await asyncio.sleep(0)
+
+    async def news(self, follower: Follower) -> None:
+        """Until something was read that the follower has not been sent meanwhile."""
+        self._waiting[follower] = woken = asyncio.get_running_loop().create_future()
+        try:
+            await woken
+        finally:
+            del self._waiting[follower]
 
     def _trim(self) -> None:
         count = 0
@@ -232,13 +253,16 @@ class Room:
         self.first += count
 
 
+Push = Callable[[Sequence[Frame]], bool]
+
+
 class Follower:
     """One reader of a room, within a `with` block. `cursor` is behind what `next` has returned.
 
     There are thousands of these: no generators, no dictionaries.
     """
 
-    __slots__ = ("_began", "_hub", "_place", "_room", "_transport", "cursor", "live")
+    __slots__ = ("_began", "_hub", "_place", "_push", "_room", "_transport", "cursor", "live")
 
     def __init__(self, hub: Hub, job_id: ObjectId, cursor: Cursor, transport: asyncio.Transport) -> None:
         self._hub, self._transport = hub, transport
@@ -247,6 +271,7 @@ class Follower:
         self._place: int | None = None  # number of the next frame; None: not among those that are kept
         self.cursor = cursor
         self.live = False  # True once everything that was stored has been read
+        self._push: Push | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -254,13 +279,20 @@ class Follower:
     def __exit__(self, *_: object) -> None:
         self._hub.leave(self._room, self._transport)
 
-    async def next(self) -> list[Frame]:
-        """The next frames, at least one; none at all when the job has ended and everything was returned."""
+    async def next(self, push: Push) -> list[Frame]:
+        """The next frames, at least one; none at all when the job has ended and everything was returned.
+
+        `push` is given frames while this waits, that it need not end for them; it returns whether they
+        were sent. They count as returned then.
+        """
+        self._push = push
         while True:
             frames = self._kept() if self._find_place() else await self._stored()
             fresh = [frame for frame in frames if frame.new_for(self.cursor)]
             for frame in fresh:
                 self.cursor = frame.after(self.cursor)
+            if self.cursor == self._room.cursor:
+                self.cursor = self._room.cursor  # one for all
             if fresh:
                 return fresh
             if frames:
@@ -268,10 +300,26 @@ class Follower:
             if self._room.ended and self._place is not None:
                 return []
             self.live = self._room.caught_up
-            if self._place is None:
-                await heard(self._room.news, LATE)
-            else:
-                await self._room.news.wait()
+            if self._place is not None:
+                await self._room.news(self)
+            else:  # not among the frames that are kept: he looks again by himself
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(LATE):
+                        await self._room.news(self)
+
+    def pushed(self) -> bool:
+        """True if what the room has read last was sent, and needs nobody to be woken."""
+        room, seen, began = self._room, self.cursor, self._began
+        level = self.live and seen == room.before and self._place == room.newest
+        # Of more than is kept the first frames are gone already.
+        if self._push is None or room.ended or not level or room.newest < room.first:
+            return False
+        frames = self._kept()
+        self.cursor = room.cursor
+        if self._push(frames):
+            return True
+        self.cursor, self._began, self._place = seen, began, room.newest
+        return False
 
     def encoded(self, key: Hashable, make: Callable[[], Iterable[bytes]]) -> Iterable[bytes]:
         """What `make` gives; made once for all of the same `key` who were just given the newest frames."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -45,8 +44,25 @@ async def follow_job(
         if left is None:
             return web.Response(status=204, headers=job_headers(job_id))
         cursor = left
-    with request.app[SEATS].taken(request[USER].name, job_id=str(job_id)):
-        return await _stream(request, job_id, cursor, states=states)
+    transport, response = request.transport, _response(request, job_id)
+    if transport is None:
+        raise ConnectionResetError
+    with (
+        request.app[SEATS].taken(request[USER].name, job_id=str(job_id)),
+        Follower(request.app[HUB], job_id, cursor, transport) as follower,
+    ):
+        try:
+            await response.prepare(request)
+            response.headers.clear()  # they are sent: a tenth of what a follower costs
+            async with response:
+                await _Sender(transport, response, follower, states=states).send_all()
+        except (ConnectionError, TimeoutError):
+            log.debug("stream.cut", extra={"job_id": str(job_id)})
+        except Exception:
+            # The answer has begun: there is no other way to say that it is incomplete.
+            log.exception("stream.failed", extra={"job_id": str(job_id)})
+            transport.abort()
+    return response
 
 
 async def _left_of(hub: Hub, job_id: ObjectId, cursor: Cursor) -> Cursor | None:
@@ -73,12 +89,7 @@ def _all_read(document: Mapping[str, Any], cursor: Cursor, last_seq: int) -> boo
     return cursor.seq > last_seq and (not entries or cursor.rev >= entries[-1]["rev"])
 
 
-async def _stream(
-    request: web.Request, job_id: ObjectId, cursor: Cursor, *, states: bool
-) -> web.StreamResponse:
-    transport = request.transport
-    if transport is None:
-        raise ConnectionResetError
+def _response(request: web.Request, job_id: ObjectId) -> EventSourceResponse:
     response = EventSourceResponse(
         headers=job_headers(job_id),
         sep="\n",
@@ -89,36 +100,74 @@ async def _stream(
     # The end of the connection is the end of the stream for readers that know no events.
     response.headers["Connection"] = "close"
     response.force_close()
-    with Follower(request.app[HUB], job_id, cursor, transport) as follower:
-        try:
-            await response.prepare(request)
-            response.headers.clear()  # they are sent: a tenth of what a follower costs
-            async with response:
-                await _write(transport, response, RETRY)
-                await _send_all(transport, response, follower, states=states)
-        except (ConnectionError, TimeoutError):
-            log.debug("stream.cut", extra={"job_id": str(job_id)})
-        except Exception:
-            # The answer has begun: there is no other way to say that it is incomplete.
-            log.exception("stream.failed", extra={"job_id": str(job_id)})
-            transport.abort()
     return response
 
 
-async def _send_all(
-    transport: asyncio.Transport, response: EventSourceResponse, follower: Follower, *, states: bool
-) -> None:
-    counts: Counter[str] = Counter()
-    cursor = follower.cursor
-    while frames := await follower.next():
+class _Sender:
+    """What one follower is sent, and how much of it."""
+
+    __slots__ = ("_cursor", "_follower", "_logs", "_response", "_states", "_transport", "_with_states")
+
+    def __init__(
+        self, transport: asyncio.Transport, response: EventSourceResponse, follower: Follower, *, states: bool
+    ) -> None:
+        self._transport, self._response, self._follower = transport, response, follower
+        self._with_states = states
+        self._states = self._logs = 0  # that were sent
+        self._cursor = follower.cursor  # behind what was sent
+
+    async def send_all(self) -> None:
+        """Send what there is and what comes, to the end of the job."""
+        begin = RETRY
+        while frames := await self._follower.next(self._push):
+            for chunk in self._chunks(frames):
+                await self._write(begin + chunk)
+                begin = b""
+            self._count(frames)
+        counts = {"state": self._states, "log": self._logs}
+        await self._write(begin + close_frame(self._cursor, counts))
+
+    def _push(self, frames: Sequence[Frame]) -> bool:
+        """Send what came if the connection takes it at once, see `Follower.next`."""
+        chunks = list(self._chunks(frames))
+        begun = self._states or self._logs
+        if not begun or len(chunks) > 1 or self._transport.get_write_buffer_size():
+            return False
+        for chunk in chunks:
+            try:
+                self._response.write(chunk).send(None)
+            except StopIteration:
+                continue  # done: where nothing is on its way it waits for nothing
+            except Exception:
+                return False  # the follower meets that himself
+        self._count(frames)
+        return True
+
+    def _chunks(self, frames: Sequence[Frame]) -> Iterable[bytes]:
+        cursor, live, states = self._cursor, self._follower.live, self._with_states
+        key = (cursor, self._follower.cursor, live, states)
+        return self._follower.encoded(key, partial(_pieces, frames, cursor, live, states=states))
+
+    def _count(self, frames: Sequence[Frame]) -> None:
         for frame in frames:
-            if states or frame.kind == "log":
-                counts[frame.kind] += 1
-        live, key = follower.live, (cursor, follower.cursor, follower.live, states)
-        for chunk in follower.encoded(key, partial(_pieces, frames, cursor, live, states=states)):
-            await _write(transport, response, chunk)
-        cursor = follower.cursor
-    await _write(transport, response, close_frame(cursor, counts))
+            if frame.kind == "log":
+                self._logs += 1
+            elif self._with_states:
+                self._states += 1
+        self._cursor = self._follower.cursor
+
+    async def _write(self, data: bytes) -> None:
+        if self._transport.get_write_buffer_size() + len(data) < ROOM:  # the loop takes it without waiting
+            await self._response.write(data)
+            return
+        try:
+            async with asyncio.timeout(STALLED):
+                await self._response.write(data)
+        except TimeoutError:
+            peer = self._transport.get_extra_info("peername")
+            log.warning("stream.stalled", extra={"remote": str(peer)})
+            self._transport.abort()
+            raise
 
 
 def _pieces(frames: Sequence[Frame], cursor: Cursor, live: bool, *, states: bool) -> Iterator[bytes]:
@@ -151,16 +200,3 @@ def chunks(encoded: Iterable[bytes]) -> Iterator[bytes]:
             piece, size = [], 0
     if piece:
         yield b"".join(piece)
-
-
-async def _write(transport: asyncio.Transport, response: EventSourceResponse, data: bytes) -> None:
-    if transport.get_write_buffer_size() + len(data) < ROOM:  # the loop takes it without waiting
-        await response.write(data)
-        return
-    try:
-        async with asyncio.timeout(STALLED):
-            await response.write(data)
-    except TimeoutError:
-        log.warning("stream.stalled", extra={"remote": str(transport.get_extra_info("peername"))})
-        transport.abort()
-        raise

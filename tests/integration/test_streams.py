@@ -17,7 +17,7 @@ import aiohttp
 import pytest
 from bson import ObjectId
 
-from core4.api import streams
+from core4.api import hub, streams
 from core4.api.keys import BASE
 from core4.config import Settings
 from core4.database import Database
@@ -379,6 +379,45 @@ async def test_many_followers_one_reader(api: Api, runner: Runner) -> None:
     for each in events:
         check_order(each)
         assert len(messages(each)) == 51
+
+
+async def test_who_waits_is_sent_what_comes_without_being_woken(
+    api: Api, runner: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In turns with whatever else there is; whoever wants the log only, and whoever leaves in between."""
+    pushed, sent = hub.Follower.pushed, list[bool]()
+
+    def counted(follower: hub.Follower) -> bool:
+        sent.append(pushed(follower))
+        return sent[-1]
+
+    monkeypatch.setattr(hub.Follower, "pushed", counted)
+    monkeypatch.setattr(hub, "SLICE", 1)
+    job_id = await api.enqueue()
+    attempt = await runner.start()
+    await attempt.log("line 0")
+    paths = [f"/job/follow/{job_id}", f"/job/log/{job_id}?follow=true"] * 5
+    async with contextlib.AsyncExitStack() as stack:
+        leaver = contextlib.AsyncExitStack()
+        left = await leaver.enter_async_context(api.stream(f"/job/follow/{job_id}"))
+        opened = [await stack.enter_async_context(api.stream(path)) for path in paths]
+        events = [await stream.until("log", message="line 0") for stream in (*opened, left)][:-1]
+        sent.clear()
+        for number in range(1, 6):
+            await attempt.log(f"line {number}")
+            if number == 3:
+                await leaver.aclose()
+            for stream, found in zip(opened, events, strict=True):
+                found += await stream.until("log", message=f"line {number}")
+        assert sent.count(True) >= 5 * len(opened)
+        await attempt.finish()
+        for stream, found in zip(opened, events, strict=True):
+            found += [event async for event in stream]
+
+    for path, each in zip(paths, events, strict=True):
+        check_order(each)
+        assert messages(each) == [f"line {number}" for number in range(6)]
+        assert bool(states(each)) is ("/log/" not in path)
 
 
 async def test_a_follower_beyond_the_buffer(
