@@ -155,19 +155,19 @@ def merge(
         if batch.full:
             break
         batch.append(_line_frame(line, ended))
-    at = _behind(batch, cursor)
+    at = behind(batch, cursor)
     if more or held or batch.full:
         return Batch(batch, at, more=True)
     if patient and ended and _counted(document["log_seq"]) > at.seq:
         return Batch(batch, at, waiting=True)
     while due and not batch.full:
         batch.append(_entry_frame(document, due.popleft(), ended))
-    at = _behind(batch, cursor)
+    at = behind(batch, cursor)
     if due:
         return Batch(batch, at, more=True)
     if not ended and document["rev"] > at.rev:
         batch.append(Frame("state", document["rev"], dumps(document).encode()))
-    return Batch(batch, _behind(batch, cursor), ended=ended)
+    return Batch(batch, behind(batch, cursor), ended=ended)
 
 
 def _counted(log_seq: int) -> int:
@@ -175,10 +175,15 @@ def _counted(log_seq: int) -> int:
     return log_seq if log_seq >= first_seq(seq_fence(log_seq)) else 0
 
 
-def _behind(frames: Sequence[Frame], cursor: Cursor) -> Cursor:
+def behind(frames: Sequence[Frame], cursor: Cursor) -> Cursor:
+    """The cursor of who has read `cursor` and then these; for each of thousands of readers."""
+    rev, seq = cursor.rev, cursor.seq
     for frame in frames:
-        cursor = frame.after(cursor)
-    return cursor
+        if frame.kind == "log":
+            seq = max(seq, frame.number)
+        else:
+            rev = max(rev, frame.number)
+    return Cursor(rev, seq)
 
 
 def _entry_frame(document: Document, entry: Document, ended: bool) -> Frame:

@@ -18,7 +18,7 @@ from typing import Any, Self
 from bson import ObjectId
 from pymongo.errors import PyMongoError
 
-from core4.api.frames import Batch, Cursor, Frame, merge
+from core4.api.frames import Batch, Cursor, Frame, behind, merge
 from core4.changes import Change, ChangeFeed
 from core4.database import Document
 from core4.errors import Unavailable
@@ -36,6 +36,9 @@ SLICE = 100  # followers that are sent something before others get their turn
 GAP = 0.02  # seconds: what changes within them is read together
 REREAD = 5.0  # seconds after which a job is read without being told
 REREADS = 50  # such reads per second, of however many jobs
+SHARED = (
+    2 * PAGE_TEXT
+)  # bytes of frames that are encoded once for all: of a page, with what is around its text
 VARIANTS = 8  # ways in which the same frames are sent: with or without states, from other places
 LATE = 0.2  # seconds between two looks for lines that a job has counted
 PATIENCE = 3.0  # seconds they are waited for
@@ -215,7 +218,7 @@ class Room:
         if not batch.frames and (caught_up, batch.ended) == (self.caught_up, self.ended):
             return  # thousands need not be woken to be told nothing
         size = sum(len(frame.body) for frame in batch.frames)
-        self.newest, self.shares = self.first + len(self.frames), size <= PAGE_TEXT
+        self.newest, self.shares = self.first + len(self.frames), size <= SHARED
         self.encoded.clear()
         self.frames += batch.frames
         self._bytes += size
@@ -289,8 +292,7 @@ class Follower:
         while True:
             frames = self._kept() if self._find_place() else await self._stored()
             fresh = [frame for frame in frames if frame.new_for(self.cursor)]
-            for frame in fresh:
-                self.cursor = frame.after(self.cursor)
+            self.cursor = behind(fresh, self.cursor)
             if self.cursor == self._room.cursor:
                 self.cursor = self._room.cursor  # one for all
             if fresh:

@@ -135,6 +135,7 @@ def stalled(here: Stand, followers: int, megabytes: int) -> Values:
             "not_cut": left,
             "cut_after_s": cut_after,
             "chunk_p50_s": statistics.median(delays),
+            "chunk_p99_s": statistics.quantiles(delays, n=100)[98],
             "chunk_max_s": max(delays),
             "connections": crowd.connections()[0],
             "shutdown_s": crowd.ended(),

@@ -381,6 +381,32 @@ async def test_many_followers_one_reader(api: Api, runner: Runner) -> None:
         assert len(messages(each)) == 51
 
 
+async def test_a_full_page_is_encoded_once_for_all(
+    api: Api, runner: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of two hundred that encoded its own would keep all others waiting, and the page in memory."""
+    pieces, made = streams._pieces, list[int]()
+
+    def counted(frames: Sequence[Any], *args: Any, **more: Any) -> Any:
+        made.append(len(frames))
+        return pieces(frames, *args, **more)
+
+    monkeypatch.setattr(streams, "_pieces", counted)
+    job_id = await api.enqueue()
+    attempt = await runner.start()
+    await attempt.log("before")
+    async with contextlib.AsyncExitStack() as stack:
+        opened = [await stack.enter_async_context(api.stream(f"/job/follow/{job_id}")) for _ in range(20)]
+        await asyncio.gather(*(stream.until("log", message="before") for stream in opened))
+        made.clear()
+        await attempt.log(*("x" * 1000 for _ in range(256)))  # see `core4.api.hub.PAGE_TEXT`
+        await attempt.log("behind")
+        found = await asyncio.gather(*(stream.until("log", message="behind") for stream in opened))
+
+    assert {len(messages(each)) for each in found} == {257}
+    assert sum(made) < 3 * 257, made
+
+
 async def test_who_waits_is_sent_what_comes_without_being_woken(
     api: Api, runner: Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
