@@ -164,12 +164,14 @@ class Claims:
         """Some due jobs, the paused names that were met, and whether others left the line."""
         closed: Document = {"namespace": {"$nin": controls.closed}} if controls.closed else {}
         peek = arrived is not None or limit > 1 or not self._store.database.find_and_modify
-        read = namespaces if peek and arrived is None else ()
-        own, (waiting, more) = await asyncio.gather(
-            self._pinned(owner, {**where, **closed}, limit if pinned else 0),
-            self._peek(read, where, limit + 8),
-        )
-        waiting += [job for job in arrived or () if job.get("namespace") in namespaces]
+        look = self._pinned(owner, {**where, **closed}, limit if pinned else 0)
+        if arrived is not None:
+            own, more = await look, False
+            waiting = [job for job in arrived if job.get("namespace") in namespaces]
+        else:
+            own, (waiting, more) = await asyncio.gather(
+                look, self._peek(namespaces if peek else (), where, limit + 8)
+            )
         if own and not peek:
             peek, (waiting, more) = True, await self._peek(namespaces, where, limit + 8)
         if peek:
@@ -210,9 +212,9 @@ class Claims:
         line = _fitting(free, rooms)
         begin = _beginning(line[:limit], begins)
         # What is in the journal although it came into the line was there before it came.
-        done, held = await asyncio.gather(
-            self._store.in_journal(list(begin)),
+        held, done = await asyncio.gather(
             self._take(owner, line, limit, begin),
+            self._store.in_journal(list(begin)),
             return_exceptions=True,  # a claim must not go on when nobody waits for it any more
         )
         if isinstance(held, BaseException):

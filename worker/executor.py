@@ -232,9 +232,10 @@ class Execution:
         self._limits.begin()
         joblog = self._joblog = JobLog(self._backend, self.job, self._hostname, self._settings)
         writer = asyncio.create_task(joblog.run())
-        joblog.write("INFO", "start execution")
-        log.info("job.started", extra={"pid": process.pid})
         try:
+            await process.send(self._order())  # nothing of what it says is read before the next lines
+            joblog.write("INFO", "start execution")
+            log.info("job.started", extra={"pid": process.pid})
             how = await self._watch(process, joblog)
             self._slots.end(self.job)
             if self._why == "lost":
@@ -264,7 +265,6 @@ class Execution:
             *map(asyncio.create_task, self._limits.parts(process.pid, partial(self._mark, joblog))),
         ]
         try:
-            await process.send(self._order())
             how = await process.wait()
             if not self._lost.is_set():
                 await asyncio.wait(readers, timeout=PIPE_PATIENCE)

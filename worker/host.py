@@ -51,16 +51,14 @@ class Evicted:
     suspected: bool = False
 
 
+_Channel = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+_Place = tuple[int, _Channel]  # the number of a job to come, and the way to it
+
+
 class InlineJob:
     """One job on a host; to its execution what a `JobProcess` is. Made by `Hosts.start`."""
 
-    def __init__(
-        self,
-        host: Host,
-        number: int,
-        job_id: str,
-        channel: tuple[asyncio.StreamReader, asyncio.StreamWriter],
-    ) -> None:
+    def __init__(self, host: Host, number: int, job_id: str, channel: _Channel) -> None:
         self.number, self.job_id, self.pid = number, job_id, host.pid
         self.keeper = None  # that of its host is not its own
         self.channel, self._to_job = channel
@@ -120,6 +118,8 @@ class Host:
         self._sending = asyncio.Lock()
         self._jobs: dict[int, InlineJob] = {}
         self._numbers = itertools.count(1)
+        # Where the next job begins: opened when one has ended, so that none waits for that after its claim.
+        self._place: asyncio.Task[_Place] | None = None
         self._verdict: tuple[set[int], str, Exit | None] | None = None  # culprits, reason, their end
         self._ready = asyncio.Event()
         self._parts: list[asyncio.Task[None]] = []
@@ -155,19 +155,26 @@ class Host:
 
         Raises: LauncherDied if the host has just ended; OSError if this process has no files left.
         """
-        ours, theirs = socket.socketpair()
-        with theirs:
-            channel = await asyncio.open_connection(sock=ours)
-            job = InlineJob(self, next(self._numbers), job_id, channel)
-            try:
-                await self._send({"start": job.number}, theirs.fileno())
-            except OSError as error:
-                channel[1].close()
-                raise LauncherDied("the host of inline jobs has just ended") from error
-        self._jobs[job.number] = job
+        place, self._place = self._place or self._open_place(), None
+        number, channel = await place
+        job = self._jobs[number] = InlineJob(self, number, job_id, channel)
         if self.ended.is_set():
             self._dismiss(job, Evicted("its inline host had just ended"))
         return job
+
+    def _open_place(self) -> asyncio.Task[_Place]:
+        return asyncio.create_task(self._opened(), context=self._context)
+
+    async def _opened(self) -> _Place:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            channel, number = await asyncio.open_connection(sock=ours), next(self._numbers)
+            try:
+                await self._send({"start": number}, theirs.fileno())
+            except OSError as error:
+                channel[1].close()
+                raise LauncherDied("the host of inline jobs has just ended") from error
+        return number, channel
 
     async def _send(self, message: Message, fd: int) -> None:
         data = protocol.encode(message)
@@ -240,6 +247,8 @@ class Host:
     def _dismiss(self, job: InlineJob, end: Exit | Evicted) -> None:
         del self._jobs[job.number]
         job.end.set_result(end)
+        if self._place is None and self.usable:
+            self._place = self._open_place()
         if self._retired and not self._jobs:
             self._process.kill()
 
@@ -329,6 +338,9 @@ class Host:
         for part in self._parts:
             if part is not asyncio.current_task():
                 part.cancel()
+        if self._place is not None:
+            self._place.cancel()
+            self._place.add_done_callback(_hang_up)
         self._process.close()
         self._link.close()
         self._page.close()
@@ -405,6 +417,12 @@ def _place(trace: list[str]) -> str:
     """The innermost frame of the user's own code; of a library's if there is none."""
     own = [line for line in trace if not line.split('"')[1].startswith(_LIBRARIES)]
     return (own or trace)[-1].strip()
+
+
+def _hang_up(place: asyncio.Task[_Place]) -> None:
+    if not place.cancelled() and place.exception() is None:
+        _, (_, to_job) = place.result()
+        to_job.close()
 
 
 def _nothing() -> asyncio.StreamReader:
