@@ -221,7 +221,10 @@ class Execution:
             return await self._local.start(self._entry)
         if is_inline(self.job, self._entry):
             return await self._hosts.start(self._launcher, str(self.job.id))
-        return await self._launcher.start(fresh=self._entry["fresh"] or self._is_script())
+        return await self._launcher.take(fresh=self._is_fresh())
+
+    def _is_fresh(self) -> bool:
+        return bool(self._entry["fresh"] or self._is_script())
 
     def _is_script(self) -> bool:
         return bool(self._entry["runs"] == "script")
@@ -234,6 +237,8 @@ class Execution:
         writer = asyncio.create_task(joblog.run())
         try:
             await process.send(self._order())  # nothing of what it says is read before the next lines
+            if isinstance(process, JobProcess) and self._prepared is None:
+                self._launcher.start_ahead(fresh=self._is_fresh())
             joblog.write("INFO", "start execution")
             log.info("job.started", extra={"pid": process.pid})
             how = await self._watch(process, joblog)

@@ -23,6 +23,7 @@ from core4.worker.protocol import Message
 log = logging.getLogger(__name__)
 
 START_TIMEOUT = 30.0  # seconds until a keeper has said which process it keeps
+AHEAD_FOR = 60.0  # seconds that a process waits for a job to come
 # Settings that jobs may see; all others are the worker's own.
 _HANDED_ON = ("data_roots", "dummy_sleep_max", "worker_task_dir")
 _PIPE_LIMIT = 64 * 1024
@@ -118,6 +119,11 @@ class JobProcess:
         self.stdout, self.stderr = stdout, stderr
         self._transports = transports
 
+    @property
+    def waits(self) -> bool:
+        """False if it has ended before it was given an order."""
+        return not (self.channel.at_eof() or self._from_keeper.at_eof())
+
     async def send(self, message: Message) -> None:
         """Give the job its order."""
         try:
@@ -171,6 +177,7 @@ class Launcher:
         self._messages: asyncio.Queue[Message | None] = asyncio.Queue()
         self._sending = asyncio.Lock()
         self._reader: asyncio.Task[None] | None = None
+        self._ahead: dict[bool, asyncio.Task[JobProcess]] = {}  # by whether they are fresh
         self.dead = asyncio.Event()
 
     @classmethod
@@ -230,10 +237,35 @@ class Launcher:
             self._process.kill()  # a job may have stopped it; those that run go on
             raise LauncherDied("the launcher does not answer") from None
 
+    async def take(self, *, fresh: bool) -> JobProcess:
+        """One that was started ahead, or else a new one. Raises: as `start`."""
+        ahead = self._ahead.pop(fresh, None)
+        if ahead is not None:
+            with contextlib.suppress(LauncherDied, OSError):
+                if (process := await ahead).waits:
+                    return process
+                process.close()
+        return await self.start(fresh=fresh)
+
+    def start_ahead(self, *, fresh: bool) -> None:
+        """Have a process wait for the next job of this kind: its start is half the way to a body."""
+        if fresh in self._ahead or self.dead.is_set():
+            return
+        ahead = self._ahead[fresh] = asyncio.create_task(self.start(fresh=fresh))
+        asyncio.get_running_loop().call_later(AHEAD_FOR, self._dismiss, fresh, ahead)
+
+    def _dismiss(self, fresh: bool, ahead: asyncio.Task[JobProcess]) -> None:
+        if self._ahead.get(fresh) is ahead:
+            del self._ahead[fresh]
+            ahead.cancel()
+            ahead.add_done_callback(_close_unused)
+
     def close(self) -> None:
         """End the launcher; jobs that run go on."""
         if self._link.fileno() < 0:
             return
+        for fresh, ahead in tuple(self._ahead.items()):
+            self._dismiss(fresh, ahead)
         if self._reader is not None:
             self._reader.cancel()
             # Before its number can belong to another socket.
@@ -284,6 +316,11 @@ class Launcher:
             log.warning("launcher.lost", extra={"error": str(error)})
         self.dead.set()
         self._messages.put_nowait(None)
+
+
+def _close_unused(ahead: asyncio.Task[JobProcess]) -> None:
+    if not ahead.cancelled() and ahead.exception() is None:
+        ahead.result().close()
 
 
 async def load_all(launcher: Launcher, settings: Settings, targets: Sequence[str]) -> tuple[Launcher, Loaded]:

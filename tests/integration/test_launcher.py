@@ -8,7 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from core4.config import Settings
-from core4.worker import protocol
+from core4.worker import handle, protocol
 from core4.worker.handle import Exit, JobProcess, Launcher, LauncherDied, Loaded, load_all
 from core4.worker.protocol import Message
 from tests.helpers import eventually_async
@@ -73,20 +73,22 @@ class Bench:
     async def begin(self, name: str = NAME, **args: Any) -> JobProcess:
         entry = self.loaded.entries[name]
         process = await self.launcher.start(fresh=entry["fresh"])
-        await process.send(
-            {
-                "job": {
-                    "id": "1" * 24,
-                    "name": name,
-                    "args": args,
-                    "attempt": 2,
-                    "options": entry["options"],
-                },
-                "entry": {key: entry[key] for key in ("target", "module", "qualname")},
-                "result_limit": 100_000,
-            }
-        )
+        await process.send(self.order(name, args))
         return process
+
+    def order(self, name: str, args: Mapping[str, Any]) -> Message:
+        entry = self.loaded.entries[name]
+        return {
+            "job": {
+                "id": "1" * 24,
+                "name": name,
+                "args": args,
+                "attempt": 2,
+                "options": entry["options"],
+            },
+            "entry": {key: entry[key] for key in ("target", "module", "qualname")},
+            "result_limit": 100_000,
+        }
 
     async def follow(self, process: JobProcess) -> Ran:
         ran = Ran()
@@ -399,6 +401,59 @@ async def main():
     await asyncio.sleep(600)
 asyncio.run(main())
 """
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+async def test_a_process_waits_for_the_next_job(bench: Bench, fresh: bool) -> None:
+    """It is taken once, and only for jobs of its kind."""
+    bench.launcher.start_ahead(fresh=fresh)
+    bench.launcher.start_ahead(fresh=fresh)
+    (ahead,) = bench.launcher._ahead.values()
+    waiting = (await ahead).pid
+    other = await bench.launcher.take(fresh=not fresh)
+    first, second = [await bench.launcher.take(fresh=fresh) for _ in range(2)]
+    assert first.pid == waiting
+    assert len({first.pid, second.pid, other.pid}) == 3
+    await first.send(bench.order(NAME, {"what": "answer", "value": 7}))
+    assert (await bench.follow(first)).end == {"complete": {"result": 7}}
+    second.close()
+    other.close()
+
+
+async def test_one_that_died_while_it_waited_gets_no_job(bench: Bench) -> None:
+    bench.launcher.start_ahead(fresh=False)
+    (ahead,) = bench.launcher._ahead.values()
+    waiting = await ahead
+    os.kill(waiting.pid, signal.SIGKILL)
+
+    async def noticed() -> bool:
+        return not waiting.waits
+
+    await eventually_async(noticed, what="its end is noticed")
+    process = await bench.launcher.take(fresh=False)
+    assert process.pid != waiting.pid
+    process.close()
+
+
+async def test_who_waits_in_vain_goes(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a while, and with the launcher."""
+    monkeypatch.setattr(handle, "AHEAD_FOR", 0.1)
+    bench.launcher.start_ahead(fresh=False)
+    (ahead,) = bench.launcher._ahead.values()
+    process = await ahead
+    assert process.keeper is not None
+    await all_gone({process.pid, process.keeper})
+    assert not bench.launcher._ahead
+
+    monkeypatch.undo()
+    bench.launcher.start_ahead(fresh=False)
+    (ahead,) = bench.launcher._ahead.values()
+    process = await ahead
+    assert process.keeper is not None
+    bench.launcher.close()
+    await all_gone({process.pid, process.keeper})
+    bench.launcher.start_ahead(fresh=False)
+    assert not bench.launcher._ahead
 
 
 async def test_jobs_outlive_their_launcher(bench: Bench, tmp_path: Path) -> None:

@@ -158,6 +158,21 @@ async def test_a_worker_publishes_what_it_runs(house: House, catalogue: Catalogu
 # ---------------------------------------------------------------------- outcomes
 
 
+async def test_the_next_job_has_a_process_already(house: House, tmp_path: Path) -> None:
+    """It waits since the one before it has begun; the worker's end takes it along."""
+    async with house.worker() as running:
+        await house.reach(await house.enqueue("answer", value=1))
+        launcher = running.worker._launcher
+        waiting = await launcher._ahead[False]
+        job_id = await house.enqueue("sleep", pidfile=str(tmp_path / "pid"), value=600)
+        assert await written(tmp_path / "pid") == waiting.pid
+        next_one = await launcher._ahead[False]
+        assert next_one.pid != waiting.pid
+        await house.queue.kill(job_id, by="me")
+        await house.reach(job_id, State.KILLED)
+    await gone(next_one.pid)
+
+
 async def test_a_job_completes(house: House) -> None:
     async with house.worker():
         job_id = await house.enqueue("answer", value={"x": [1, "ü"]})
