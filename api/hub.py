@@ -233,7 +233,13 @@ class Room:
         To wake a task costs more than what it would then do. Whatever else the process does goes between.
         """
         for number, (follower, woken) in enumerate(tuple(self._waiting.items()), 1):
-            if not woken.done() and not follower.pushed():
+            if woken.done():
+                continue
+            try:
+                pushed = follower.pushed()
+            except Exception:  # the follower meets that himself; it is nothing to the others
+                pushed = False
+            if not pushed:
                 woken.set_result(None)
             if not number % SLICE:
                 await asyncio.sleep(0)
@@ -316,12 +322,14 @@ class Follower:
         # Of more than is kept the first frames are gone already.
         if self._push is None or room.ended or not level or room.newest < room.first:
             return False
-        frames = self._kept()
+        frames, sent = self._kept(), False
         self.cursor = room.cursor
-        if self._push(frames):
-            return True
-        self.cursor, self._began, self._place = seen, began, room.newest
-        return False
+        try:
+            sent = self._push(frames)
+        finally:
+            if not sent:
+                self.cursor, self._began, self._place = seen, began, room.newest
+        return sent
 
     def encoded(self, key: Hashable, make: Callable[[], Iterable[bytes]]) -> Iterable[bytes]:
         """What `make` gives; made once for all of the same `key` who were just given the newest frames."""

@@ -131,15 +131,13 @@ class _Sender:
         """Send what came if the connection takes it at once, see `Follower.next`."""
         chunks = list(self._chunks(frames))
         begun = self._states or self._logs
-        if not begun or len(chunks) > 1 or self._transport.get_write_buffer_size():
+        if not begun or sum(map(len, chunks)) >= ROOM or self._transport.get_write_buffer_size():
             return False
         for chunk in chunks:
             try:
                 self._response.write(chunk).send(None)
             except StopIteration:
-                continue  # done: where nothing is on its way it waits for nothing
-            except Exception:
-                return False  # the follower meets that himself
+                continue  # done: so little, where nothing is on its way, waits for nothing
         self._count(frames)
         return True
 

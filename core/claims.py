@@ -140,7 +140,8 @@ class Claims:
             )
             for name in paused:
                 await self.park(name)
-            if claimed or not again:
+            # Who was too late for what it was told of, or passed some of it over, has not seen the line.
+            if claimed or not (again or (arrived and self._raced)):
                 break
             arrived = None
         claimed.barren = not (claimed or claimed.more)

@@ -124,8 +124,12 @@ class JobProcess:
         """False if it has ended before it was given an order."""
         return not (self.channel.at_eof() or self._from_keeper.at_eof())
 
+    def order(self, message: Message) -> None:
+        """Give the job its order; nobody waits until it has taken that."""
+        self._to_job.write(protocol.encode(message))
+
     async def send(self, message: Message) -> None:
-        """Give the job its order."""
+        """Give the job an answer."""
         try:
             self._to_job.write(protocol.encode(message))
             await self._to_job.drain()
@@ -177,7 +181,8 @@ class Launcher:
         self._messages: asyncio.Queue[Message | None] = asyncio.Queue()
         self._sending = asyncio.Lock()
         self._reader: asyncio.Task[None] | None = None
-        self._ahead: dict[bool, asyncio.Task[JobProcess]] = {}  # by whether they are fresh
+        # By whether they are fresh; with what sends them away after a while.
+        self._ahead: dict[bool, tuple[asyncio.Task[JobProcess], asyncio.TimerHandle]] = {}
         self.dead = asyncio.Event()
 
     @classmethod
@@ -239,8 +244,9 @@ class Launcher:
 
     async def take(self, *, fresh: bool) -> JobProcess:
         """One that was started ahead, or else a new one. Raises: as `start`."""
-        ahead = self._ahead.pop(fresh, None)
-        if ahead is not None:
+        if fresh in self._ahead:
+            ahead, timer = self._ahead.pop(fresh)
+            timer.cancel()
             with contextlib.suppress(LauncherDied, OSError):
                 if (process := await ahead).waits:
                     return process
@@ -251,21 +257,21 @@ class Launcher:
         """Have a process wait for the next job of this kind: its start is half the way to a body."""
         if fresh in self._ahead or self.dead.is_set():
             return
-        ahead = self._ahead[fresh] = asyncio.create_task(self.start(fresh=fresh))
-        asyncio.get_running_loop().call_later(AHEAD_FOR, self._dismiss, fresh, ahead)
+        ahead = asyncio.create_task(self.start(fresh=fresh))
+        timer = asyncio.get_running_loop().call_later(AHEAD_FOR, self._dismiss, fresh)
+        self._ahead[fresh] = ahead, timer
 
-    def _dismiss(self, fresh: bool, ahead: asyncio.Task[JobProcess]) -> None:
-        if self._ahead.get(fresh) is ahead:
-            del self._ahead[fresh]
-            ahead.cancel()
-            ahead.add_done_callback(_close_unused)
+    def _dismiss(self, fresh: bool) -> None:
+        ahead, timer = self._ahead.pop(fresh)
+        timer.cancel()
+        ahead.add_done_callback(_close_unused)
 
     def close(self) -> None:
         """End the launcher; jobs that run go on."""
         if self._link.fileno() < 0:
             return
-        for fresh, ahead in tuple(self._ahead.items()):
-            self._dismiss(fresh, ahead)
+        for fresh in tuple(self._ahead):
+            self._dismiss(fresh)
         if self._reader is not None:
             self._reader.cancel()
             # Before its number can belong to another socket.

@@ -68,8 +68,12 @@ class InlineJob:
         self._host = host
         self._asked = False  # to end, and has had its grace when it has to
 
+    def order(self, message: Message) -> None:
+        """Give the job its order; nobody waits until it has taken that."""
+        self._to_job.write(protocol.encode(message))
+
     async def send(self, message: Message) -> None:
-        """Give the job its order, or an answer."""
+        """Give the job an answer."""
         try:
             self._to_job.write(protocol.encode(message))
             await self._to_job.drain()
@@ -118,7 +122,7 @@ class Host:
         self._sending = asyncio.Lock()
         self._jobs: dict[int, InlineJob] = {}
         self._numbers = itertools.count(1)
-        # Where the next job begins: opened when one has ended, so that none waits for that after its claim.
+        # Where the next job begins: opened when the last has ended, so that none waits after its claim.
         self._place: asyncio.Task[_Place] | None = None
         self._verdict: tuple[set[int], str, Exit | None] | None = None  # culprits, reason, their end
         self._ready = asyncio.Event()
@@ -155,7 +159,9 @@ class Host:
 
         Raises: LauncherDied if the host has just ended; OSError if this process has no files left.
         """
-        place, self._place = self._place or self._open_place(), None
+        place, self._place = self._place, None
+        if place is None or _has_failed(place):
+            place = self._open_place()
         number, channel = await place
         job = self._jobs[number] = InlineJob(self, number, job_id, channel)
         if self.ended.is_set():
@@ -171,9 +177,11 @@ class Host:
             channel, number = await asyncio.open_connection(sock=ours), next(self._numbers)
             try:
                 await self._send({"start": number}, theirs.fileno())
-            except OSError as error:
+            except BaseException as error:
                 channel[1].close()
-                raise LauncherDied("the host of inline jobs has just ended") from error
+                if isinstance(error, OSError):
+                    raise LauncherDied("the host of inline jobs has just ended") from error
+                raise
         return number, channel
 
     async def _send(self, message: Message, fd: int) -> None:
@@ -247,7 +255,8 @@ class Host:
     def _dismiss(self, job: InlineJob, end: Exit | Evicted) -> None:
         del self._jobs[job.number]
         job.end.set_result(end)
-        if self._place is None and self.usable:
+        if self._place is None and self.usable and not self._jobs:
+            # With the host to itself: no child that another job has left there holds the way to this one.
             self._place = self._open_place()
         if self._retired and not self._jobs:
             self._process.kill()
@@ -419,8 +428,12 @@ def _place(trace: list[str]) -> str:
     return (own or trace)[-1].strip()
 
 
+def _has_failed(place: asyncio.Task[_Place]) -> bool:
+    return place.done() and (place.cancelled() or place.exception() is not None)
+
+
 def _hang_up(place: asyncio.Task[_Place]) -> None:
-    if not place.cancelled() and place.exception() is None:
+    if not _has_failed(place):
         _, (_, to_job) = place.result()
         to_job.close()
 

@@ -51,8 +51,12 @@ class LoopJob:
         if not self._end.done():
             self._end.set_result(end)
 
+    def order(self, message: Message) -> None:
+        """Give the task its order; nobody waits until it has taken that."""
+        self._to_job.write(protocol.encode(message))
+
     async def send(self, message: Message) -> None:
-        """Give the task its order, or an answer."""
+        """Give the task an answer."""
         try:
             self._to_job.write(protocol.encode(message))
             await self._to_job.drain()

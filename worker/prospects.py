@@ -61,6 +61,8 @@ class Prospects:
         if not (pinned or fields.get("due")):
             if self._arrived and ("due" in fields or change.kind == "delete"):
                 self._arrived.pop(change.id, None)  # somebody has it
+            elif self._arrived and change.id in self._arrived:
+                self._arrived = None  # it is not what was told any more
             return
         self._news = True
         if pinned or change.kind != "insert" or self._arrived is None or len(self._arrived) >= PEEK:

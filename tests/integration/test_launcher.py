@@ -73,7 +73,7 @@ class Bench:
     async def begin(self, name: str = NAME, **args: Any) -> JobProcess:
         entry = self.loaded.entries[name]
         process = await self.launcher.start(fresh=entry["fresh"])
-        await process.send(self.order(name, args))
+        process.order(self.order(name, args))
         return process
 
     def order(self, name: str, args: Mapping[str, Any]) -> Message:
@@ -408,13 +408,13 @@ async def test_a_process_waits_for_the_next_job(bench: Bench, fresh: bool) -> No
     """It is taken once, and only for jobs of its kind."""
     bench.launcher.start_ahead(fresh=fresh)
     bench.launcher.start_ahead(fresh=fresh)
-    (ahead,) = bench.launcher._ahead.values()
+    ((ahead, _),) = bench.launcher._ahead.values()
     waiting = (await ahead).pid
     other = await bench.launcher.take(fresh=not fresh)
     first, second = [await bench.launcher.take(fresh=fresh) for _ in range(2)]
     assert first.pid == waiting
     assert len({first.pid, second.pid, other.pid}) == 3
-    await first.send(bench.order(NAME, {"what": "answer", "value": 7}))
+    first.order(bench.order(NAME, {"what": "answer", "value": 7}))
     assert (await bench.follow(first)).end == {"complete": {"result": 7}}
     second.close()
     other.close()
@@ -422,7 +422,7 @@ async def test_a_process_waits_for_the_next_job(bench: Bench, fresh: bool) -> No
 
 async def test_one_that_died_while_it_waited_gets_no_job(bench: Bench) -> None:
     bench.launcher.start_ahead(fresh=False)
-    (ahead,) = bench.launcher._ahead.values()
+    ((ahead, _),) = bench.launcher._ahead.values()
     waiting = await ahead
     os.kill(waiting.pid, signal.SIGKILL)
 
@@ -439,7 +439,7 @@ async def test_who_waits_in_vain_goes(bench: Bench, monkeypatch: pytest.MonkeyPa
     """After a while, and with the launcher."""
     monkeypatch.setattr(handle, "AHEAD_FOR", 0.1)
     bench.launcher.start_ahead(fresh=False)
-    (ahead,) = bench.launcher._ahead.values()
+    ((ahead, _),) = bench.launcher._ahead.values()
     process = await ahead
     assert process.keeper is not None
     await all_gone({process.pid, process.keeper})
@@ -447,7 +447,7 @@ async def test_who_waits_in_vain_goes(bench: Bench, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.undo()
     bench.launcher.start_ahead(fresh=False)
-    (ahead,) = bench.launcher._ahead.values()
+    ((ahead, _),) = bench.launcher._ahead.values()
     process = await ahead
     assert process.keeper is not None
     bench.launcher.close()

@@ -267,6 +267,11 @@ async def test_what_is_known_to_have_come_is_claimed_without_reading(
     assert late.more  # it has lost two of them: others may stand there
     assert not (await claim(limit=4, arrived=[])).more
     assert not reads
+    # Who gets nothing of what came looks for itself: of several that came, another stands there, say.
+    other = await queue.enqueue(order(5))
+    assert [job.id for job in await claim(limit=4, arrived=arrived)] == [other.id]
+    assert reads
+    reads.clear()
     assert await claim(limit=4, arrived=[], forced=True) == []
     assert reads  # not all that comes is forced
 

@@ -446,6 +446,34 @@ async def test_who_waits_is_sent_what_comes_without_being_woken(
         assert bool(states(each)) is ("/log/" not in path)
 
 
+async def test_one_that_cannot_be_sent_to_is_nothing_to_the_others(
+    api: Api, runner: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    push, failed = streams._Sender._push, list[object]()
+
+    def broken(sender: Any, frames: Sequence[Any]) -> bool:
+        if not failed:
+            failed.append(sender)
+            raise RuntimeError("as told")
+        return push(sender, frames)
+
+    monkeypatch.setattr(streams._Sender, "_push", broken)
+    job_id = await api.enqueue()
+    attempt = await runner.start()
+    async with contextlib.AsyncExitStack() as stack:
+        opened = [await stack.enter_async_context(api.stream(f"/job/follow/{job_id}")) for _ in range(3)]
+        found = [await stream.until("state", state="running") for stream in opened]
+        await attempt.log("line")
+        await attempt.finish()
+        for stream, events in zip(opened, found, strict=True):
+            events += [event async for event in stream]
+
+    assert failed
+    for events in found:
+        check_order(events)
+        assert messages(events) == ["line"]
+
+
 async def test_a_follower_beyond_the_buffer(
     users: UserStore, runner: Runner, settings: Settings, database: Database
 ) -> None:

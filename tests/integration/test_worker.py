@@ -163,10 +163,10 @@ async def test_the_next_job_has_a_process_already(house: House, tmp_path: Path) 
     async with house.worker() as running:
         await house.reach(await house.enqueue("answer", value=1))
         launcher = running.worker._launcher
-        waiting = await launcher._ahead[False]
+        waiting = await launcher._ahead[False][0]
         job_id = await house.enqueue("sleep", pidfile=str(tmp_path / "pid"), value=600)
         assert await written(tmp_path / "pid") == waiting.pid
-        next_one = await launcher._ahead[False]
+        next_one = await launcher._ahead[False][0]
         assert next_one.pid != waiting.pid
         await house.queue.kill(job_id, by="me")
         await house.reach(job_id, State.KILLED)

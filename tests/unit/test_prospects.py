@@ -62,6 +62,17 @@ def test_what_another_has_is_forgotten(change: Change) -> None:
     assert arrived(prospects) == [2]
 
 
+def test_what_has_changed_since_is_not_claimed_as_it_came() -> None:
+    """Somebody waits for it now, say: its revision is another."""
+    prospects = at_the_end()
+    prospects.hear(due(1), pinned=False)
+    prospects.hear(Change("update", QUEUE, 2, {"awaited": True, "rev": 2}), pinned=False)
+    assert arrived(prospects) == [1]
+    prospects.hear(due(3), pinned=False)
+    prospects.hear(Change("update", QUEUE, 3, {"awaited": True, "rev": 2}), pinned=False)
+    assert arrived(prospects) is None
+
+
 @pytest.mark.parametrize(
     ("change", "pinned"),
     [
