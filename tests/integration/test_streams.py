@@ -464,6 +464,8 @@ async def test_one_that_cannot_be_sent_to_is_nothing_to_the_others(
         opened = [await stack.enter_async_context(api.stream(f"/job/follow/{job_id}")) for _ in range(3)]
         found = [await stream.until("state", state="running") for stream in opened]
         await attempt.log("line")
+        for stream, events in zip(opened, found, strict=True):
+            events += await stream.until("log", message="line")
         await attempt.finish()
         for stream, events in zip(opened, found, strict=True):
             events += [event async for event in stream]
