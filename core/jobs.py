@@ -407,9 +407,13 @@ def urgency(rank: int) -> int:
     return rank >> _TIME_BITS
 
 
+# Made once: `json.dumps` makes one for each call.
+_CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+
+
 def canonical(value: Any) -> str:
     """One text for equal JSON values, whatever the order of their keys."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return _CANONICAL.encode(value)
 
 
 def too_deep(value: Any, most: int) -> bool:

@@ -32,7 +32,6 @@ from core4.store import RETRIES, JobStore, readable
 from core4.transitions import Change
 
 Action = Literal["kill", "restart", "remove"]
-TOGETHER = 250  # jobs that are stored in one round trip
 LATE = 100  # jobs at most that are looked at before those that are due are made so
 
 
@@ -71,25 +70,20 @@ class JobQueue:
         return job
 
     async def enqueue_many(self, orders: Sequence[JobOrder]) -> list[Job | Exception]:
-        """`enqueue` for several in few round trips; what stood in the way of a job stands in its place.
+        """`enqueue` for several in one round trip; what stood in the way of a job stands in its place.
 
         Those that wait for others by their ids go alone.
         """
-        found: dict[int, Job | Exception] = {}
-        together = [number for number, order in enumerate(orders) if not order.dependencies]
-        turns = asyncio.Lock()  # which of two with the same arguments is the first one says the order
-
-        async def store(some: Sequence[int]) -> None:
-            now = utcnow()
-            documents = [chains.document(orders[number], ObjectId(), now) for number in some]
-            async with turns:
-                jobs = await self.store.add_many(documents)
-            found.update(zip(some, jobs, strict=True))
+        now, found = utcnow(), dict[int, Job | Exception]()
+        documents = {
+            number: chains.document(order, ObjectId(), now)
+            for number, order in enumerate(orders)
+            if not order.dependencies
+        }
+        if documents:
+            jobs = await self.store.add_many(list(documents.values()))
+            found.update(zip(documents, jobs, strict=True))
             await self.outbox.settle_many([job for job in jobs if isinstance(job, Job)])
-
-        # Each slice is on its way while the next is made.
-        slices = [together[first : first + TOGETHER] for first in range(0, len(together), TOGETHER)]
-        await asyncio.gather(*map(store, slices))
         for number, order in enumerate(orders):
             if order.dependencies:
                 try:
