@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 from aiohttp import web
@@ -190,7 +191,7 @@ def _endpoint(route: Route) -> Callable[[web.Request], Awaitable[web.StreamRespo
         if route.access != "open":
             user = await authenticate(request, ticket=route.access == "stream", cookie=not route.changes)
             request[USER] = user
-            identifiers.bind({"user": user.name})
+            identifiers.bind(_who(user.name))
             _count(request, user)
         args = await arguments.parse(route.takes, request)
         response = await route.handler(request, args)
@@ -199,6 +200,12 @@ def _endpoint(route: Route) -> Callable[[web.Request], Awaitable[web.StreamRespo
         return response
 
     return endpoint
+
+
+@lru_cache(maxsize=1000)
+def _who(name: str) -> Mapping[str, str]:
+    """One for all requests of a user: each of thousands of streams holds it."""
+    return {"user": name}
 
 
 def _count(request: web.Request, user: User) -> None:
