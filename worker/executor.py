@@ -100,7 +100,9 @@ class Execution:
         self._grace = settings.grace
         self._stopping, self._lost = asyncio.Event(), asyncio.Event()
         self._progress: tuple[float, str] | None = None
-        self._progressed, self._reported = asyncio.Event(), asyncio.Event()
+        self._progressed = asyncio.Event()
+        self._helpers: list[asyncio.Task[None]] = []  # beside the job, to its end
+        self._late: asyncio.TimerHandle | None = None  # a process that has reported its end has to go
 
     def kill(self) -> None:
         """End the job on request: TERM, the grace period, KILL; recorded as killed."""
@@ -258,15 +260,18 @@ class Execution:
 
     async def _watch(self, process: Running, joblog: JobLog) -> Exit | Evicted | None:
         """Follow the job until nothing of it is left."""
+        outputs = {"stdout": process.stdout, "stderr": process.stderr}
         readers = [
             asyncio.create_task(self._read_frames(process, joblog)),
-            asyncio.create_task(self._read_output(process.stdout, "stdout", joblog)),
-            asyncio.create_task(self._read_output(process.stderr, "stderr", joblog)),
+            # An inline job has none: what it prints comes as frames.
+            *(
+                asyncio.create_task(self._read_output(source, name, joblog))
+                for name, source in outputs.items()
+                if not source.at_eof()
+            ),
         ]
-        helpers = [
+        self._helpers += [
             asyncio.create_task(self._end_early(process)),
-            asyncio.create_task(self._end_late(process)),
-            asyncio.create_task(self._write_progress()),
             *map(asyncio.create_task, self._limits.parts(process.pid, partial(self._mark, joblog))),
         ]
         try:
@@ -277,9 +282,12 @@ class Execution:
             return how
         finally:
             await self._calls.close(lost=self._lost.is_set())
-            for task in (*readers, *helpers):
+            if self._late is not None:
+                self._late.cancel()
+            parts = (*readers, *self._helpers)
+            for task in parts:
                 task.cancel()
-            for result in await asyncio.gather(*readers, *helpers, return_exceptions=True):
+            for result in await asyncio.gather(*parts, return_exceptions=True):
                 if isinstance(result, Exception):
                     log.error("job.helper_failed", exc_info=result)
 
@@ -314,7 +322,7 @@ class Execution:
                 if {"enqueue", "call", "drop"} & message.keys():
                     await self._take_question(process, message)
                 else:
-                    self._take(message, joblog)
+                    self._take(message, process, joblog)
                 await joblog.room()
         except ProtocolError as error:
             self._broken = error.detail
@@ -353,7 +361,7 @@ class Execution:
         self._limits.heard()
         await process.send(message)
 
-    def _take(self, message: Message, joblog: JobLog) -> None:
+    def _take(self, message: Message, process: Running, joblog: JobLog) -> None:
         """One frame of the job, which may be anything.
 
         Raises: ProtocolError.
@@ -366,13 +374,15 @@ class Execution:
                 self._hear(source, text.encode("utf-8", "backslashreplace"), joblog)
             elif "progress" in message:
                 value, text = float(message["progress"]["value"]), str(message["progress"]["message"])
+                if self._progress is None:
+                    self._helpers.append(asyncio.create_task(self._write_progress()))
                 # In this order a NaN becomes 0.
                 self._progress = min(max(0.0, value), 1.0), text[: protocol.TEXT_LIMIT]
                 self._progressed.set()
                 self._limits.heard()
             elif self._ended is None:
                 self._ended = _checked_end(message)
-                self._reported.set()
+                self._late = asyncio.get_running_loop().call_later(self._settings.grace, process.kill)
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
             raise ProtocolError(f"a frame of the job makes no sense: {error!r:.200}") from None
 
@@ -398,12 +408,6 @@ class Execution:
         if self._grace > 0:
             process.terminate()
             await heard(self._lost, self._grace)
-        process.kill()
-
-    async def _end_late(self, process: Running) -> None:
-        """A process that has reported its end has to go."""
-        await self._reported.wait()
-        await asyncio.sleep(self._settings.grace)
         process.kill()
 
     async def _write_progress(self) -> None:
