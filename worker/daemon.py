@@ -100,6 +100,7 @@ class Worker:
         self._rouse = asyncio.Event()
         self._closing = asyncio.Event()
         self._failure: asyncio.Future[None] | None = None
+        self._registered: Owner | None = None  # of whom nobody has been told yet, nothing can be renewed
         self._renewed = time.monotonic()  # when the last renewal that succeeded was sent
         self._contact = Contact()
         self._chores = backend.chores(
@@ -224,14 +225,14 @@ class Worker:
 
     async def _register(self) -> None:
         """Announce this owner; comes before its first claim."""
-        sent = time.monotonic()
+        owner, sent = self.owner, time.monotonic()
         await self._backend.register(
-            self.owner,
+            owner,
             slots=self._slots.count,
             namespaces=self._namespaces,
             jobs=self._served(),
         )
-        self._renewed = sent
+        self._registered, self._renewed = owner, sent
 
     async def _insist(self, step: Callable[[], Awaitable[None]]) -> None:
         """Repeat a step until the database has done it."""
@@ -295,7 +296,7 @@ class Worker:
         """Renew what says that this worker lives, and with it all its leases."""
         beats = 0  # since a look has found that it holds nothing
         while True:
-            owner, sent = self.owner, time.monotonic()
+            owner, sent, known = self.owner, time.monotonic(), self.owner is self._registered
             try:
                 async with asyncio.timeout(self._settings.heartbeat):
                     alive = await self._backend.beat(
@@ -310,8 +311,10 @@ class Worker:
                 log.warning("worker.beat_failed", extra={"error": str(error)[:200]})
                 await asyncio.sleep(min(self._settings.heartbeat, 1.0))
                 continue
-            if not alive:
+            if not alive and known:
                 await self._start_over(owner, "it was declared dead")
+            elif not alive:
+                log.debug("worker.not_registered_yet")
             elif owner is self.owner:
                 self._note_contact(sent)
                 beats = 0 if self._unsure else beats + 1

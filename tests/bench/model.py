@@ -117,9 +117,9 @@ class Load:
 
 GRID = (
     Load("enqueue only, no worker", 0, 20, paced=120),
-    Load("40 lines, 50 followers", 0, 20, followers=50, lines=40),
-    Load("40 lines, 500 followers", 0, 20, followers=500, lines=40),
-    Load("pages of 1,000 entries", 0, 10, pages=30, entries=1_000),
+    Load("80 lines, 50 followers", 0, 20, followers=50, lines=80),
+    Load("80 lines, 500 followers", 0, 20, followers=500, lines=80),
+    Load("pages of 1,000 entries", 0, 10, pages=100, entries=1_000),
     Load("pages of 10,000 entries", 0, 10, pages=10, entries=10_000),
     Load("pages of 50,000 entries", 0, 10, pages=3, entries=50_000),
     Load("idle, 1 worker", 1, 30),
@@ -134,11 +134,11 @@ GRID = (
     Load("inline, 4 workers", 4, inline=160),
     Load("process, 4 workers", 4, process=60),
 )
-# None of them is in the grid, and each mixes what is apart there.
+# None of them is in the grid, and each mixes what is apart there. Each part has enough to do to be measured.
 UNSEEN = (
-    Load("1 worker, 80 inline, pages of 5,000", 1, 20, inline=80, pages=6, entries=5_000),
-    Load("2 workers, 40 process, 200 followers", 2, 20, process=40, length=0.3, followers=200, lines=30),
-    Load("3 workers, 150 inline and 1.5 jobs/s", 3, 20, inline=150, length=0.5, paced=30),
+    Load("1 worker, 80 inline, pages of 5,000", 1, 20, inline=80, pages=30, entries=5_000),
+    Load("2 workers, 40 process, 200 followers", 2, 20, process=40, length=0.3, followers=200, lines=100),
+    Load("3 workers, 150 inline and 3 jobs/s", 3, 20, inline=150, length=0.5, paced=60),
 )
 WARM = 4  # jobs of each kind and worker before anything is measured: what only the first one loads
 
