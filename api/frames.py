@@ -67,9 +67,7 @@ class Frame:
 
     def after(self, cursor: Cursor) -> Cursor:
         """The cursor of who has read `cursor` and then this."""
-        if self.kind == "state":
-            return Cursor(max(cursor.rev, self.number), cursor.seq)
-        return Cursor(cursor.rev, max(cursor.seq, self.number))
+        return behind((self,), cursor)
 
     def new_for(self, cursor: Cursor) -> bool:
         """True if who has read `cursor` has not read this."""

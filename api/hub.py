@@ -36,9 +36,8 @@ SLICE = 100  # followers that are sent something before others get their turn
 GAP = 0.02  # seconds: what changes within them is read together
 REREAD = 5.0  # seconds after which a job is read without being told
 REREADS = 50  # such reads per second, of however many jobs
-SHARED = (
-    2 * PAGE_TEXT
-)  # bytes of frames that are encoded once for all: of a page, with what is around its text
+# Bytes of frames that are encoded once for all: of a page, with what is around its text.
+SHARED = 2 * PAGE_TEXT
 VARIANTS = 8  # ways in which the same frames are sent: with or without states, from other places
 LATE = 0.2  # seconds between two looks for lines that a job has counted
 PATIENCE = 3.0  # seconds they are waited for

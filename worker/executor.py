@@ -238,7 +238,7 @@ class Execution:
         joblog = self._joblog = JobLog(self._backend, self.job, self._hostname, self._settings)
         writer = asyncio.create_task(joblog.run())
         try:
-            process.order(self._order())  # nothing of what it says is read before the next lines
+            process.give(self._order())  # nothing of what it says is read before the next lines
             if isinstance(process, JobProcess) and self._prepared is None:
                 self._launcher.start_ahead(fresh=self._is_fresh())
             joblog.write("INFO", "start execution")

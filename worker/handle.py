@@ -124,14 +124,14 @@ class JobProcess:
         """False if it has ended before it was given an order."""
         return not (self.channel.at_eof() or self._from_keeper.at_eof())
 
-    def order(self, message: Message) -> None:
-        """Give the job its order; nobody waits until it has taken that."""
+    def give(self, message: Message) -> None:
+        """Give the job its order, or an answer; nobody waits until it has taken that."""
         self._to_job.write(protocol.encode(message))
 
     async def send(self, message: Message) -> None:
-        """Give the job an answer."""
+        """The same, until what is on its way is little enough."""
         try:
-            self._to_job.write(protocol.encode(message))
+            self.give(message)
             await self._to_job.drain()
         except ConnectionError:
             return  # it died first; its keeper reports that
@@ -324,8 +324,13 @@ class Launcher:
         self._messages.put_nowait(None)
 
 
+def has_failed(ended: asyncio.Task[Any]) -> bool:
+    """True if a task has ended without a result."""
+    return ended.done() and (ended.cancelled() or ended.exception() is not None)
+
+
 def _close_unused(ahead: asyncio.Task[JobProcess]) -> None:
-    if not ahead.cancelled() and ahead.exception() is None:
+    if not has_failed(ahead):
         ahead.result().close()
 
 

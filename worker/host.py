@@ -25,7 +25,7 @@ from typing import Any
 from core4 import attempts
 from core4.config import Settings
 from core4.worker import inline, protocol
-from core4.worker.handle import Exit, JobProcess, Launcher, LauncherDied
+from core4.worker.handle import Exit, JobProcess, Launcher, LauncherDied, has_failed
 from core4.worker.output import Splitter
 from core4.worker.page import Page
 from core4.worker.protocol import Message, ProtocolError
@@ -68,14 +68,14 @@ class InlineJob:
         self._host = host
         self._asked = False  # to end, and has had its grace when it has to
 
-    def order(self, message: Message) -> None:
-        """Give the job its order; nobody waits until it has taken that."""
+    def give(self, message: Message) -> None:
+        """Give the job its order, or an answer; nobody waits until it has taken that."""
         self._to_job.write(protocol.encode(message))
 
     async def send(self, message: Message) -> None:
-        """Give the job an answer."""
+        """The same, until what is on its way is little enough."""
         try:
-            self._to_job.write(protocol.encode(message))
+            self.give(message)
             await self._to_job.drain()
         except ConnectionError:
             return  # its host died; that is reported by `wait`
@@ -160,7 +160,7 @@ class Host:
         Raises: LauncherDied if the host has just ended; OSError if this process has no files left.
         """
         place, self._place = self._place, None
-        if place is None or _has_failed(place):
+        if place is None or has_failed(place):
             place = self._open_place()
         number, channel = await place
         job = self._jobs[number] = InlineJob(self, number, job_id, channel)
@@ -428,12 +428,8 @@ def _place(trace: list[str]) -> str:
     return (own or trace)[-1].strip()
 
 
-def _has_failed(place: asyncio.Task[_Place]) -> bool:
-    return place.done() and (place.cancelled() or place.exception() is not None)
-
-
 def _hang_up(place: asyncio.Task[_Place]) -> None:
-    if not _has_failed(place):
+    if not has_failed(place):
         _, (_, to_job) = place.result()
         to_job.close()
 

@@ -51,14 +51,14 @@ class LoopJob:
         if not self._end.done():
             self._end.set_result(end)
 
-    def order(self, message: Message) -> None:
-        """Give the task its order; nobody waits until it has taken that."""
+    def give(self, message: Message) -> None:
+        """Give the task its order, or an answer; nobody waits until it has taken that."""
         self._to_job.write(protocol.encode(message))
 
     async def send(self, message: Message) -> None:
-        """Give the task an answer."""
+        """The same, until what is on its way is little enough."""
         try:
-            self._to_job.write(protocol.encode(message))
+            self.give(message)
             await self._to_job.drain()
         except ConnectionError:
             return  # it has ended; that is reported by `wait`

@@ -315,7 +315,7 @@ class Engine:
             for _ in range(CLAIMS):
                 start = time.perf_counter()
                 process = await self.launcher.take(fresh=fresh)
-                process.order(_process_order(self.entries["tests.jobs.Noop"]))
+                process.give(_process_order(self.entries["tests.jobs.Noop"]))
                 self.launcher.start_ahead(fresh=fresh)
                 while (message := await protocol.read(process.channel)) is not None:
                     assert "failed" not in message, message

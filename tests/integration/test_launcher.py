@@ -73,7 +73,7 @@ class Bench:
     async def begin(self, name: str = NAME, **args: Any) -> JobProcess:
         entry = self.loaded.entries[name]
         process = await self.launcher.start(fresh=entry["fresh"])
-        process.order(self.order(name, args))
+        process.give(self.order(name, args))
         return process
 
     def order(self, name: str, args: Mapping[str, Any]) -> Message:
@@ -414,7 +414,7 @@ async def test_a_process_waits_for_the_next_job(bench: Bench, fresh: bool) -> No
     first, second = [await bench.launcher.take(fresh=fresh) for _ in range(2)]
     assert first.pid == waiting
     assert len({first.pid, second.pid, other.pid}) == 3
-    first.order(bench.order(NAME, {"what": "answer", "value": 7}))
+    first.give(bench.order(NAME, {"what": "answer", "value": 7}))
     assert (await bench.follow(first)).end == {"complete": {"result": 7}}
     second.close()
     other.close()
