@@ -12,6 +12,7 @@ import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 
+import uvloop
 from aiohttp import web
 from pymongo.errors import PyMongoError
 
@@ -204,7 +205,7 @@ def main(settings: Settings) -> None:
     hide_memory()
     _allow_files()
     try:
-        asyncio.run(_serve(settings, settings.mongo_url))
+        uvloop.run(_serve(settings, settings.mongo_url))
     except PyMongoError as error:
         # What follows the bracket are the driver's insides.
         sys.exit(f"core4 api: the database does not answer: {str(error).partition(' (configured')[0][:200]}")

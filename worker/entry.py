@@ -9,6 +9,7 @@ import socket
 import sys
 from dataclasses import replace
 
+import uvloop
 from pymongo.errors import PyMongoError
 
 from core4.brokers import require
@@ -45,7 +46,7 @@ def run(settings: Settings) -> int:
     # Jobs run as the same user: they must not read the database's password out of this process.
     hide_memory()
     try:
-        return asyncio.run(_serve(settings, launcher))
+        return uvloop.run(_serve(settings, launcher))
     finally:
         launcher.close()
 

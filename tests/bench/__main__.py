@@ -7,7 +7,6 @@ database of its own; without, on the embedded server of the machine.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import os
 import tempfile
@@ -16,6 +15,8 @@ from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack, ExitStack
 from pathlib import Path
 from typing import Any
+
+import uvloop
 
 from tests.bench.engine import SLOTS, Engine
 from tests.bench.probes import Goal, figures, table
@@ -80,7 +81,7 @@ def main() -> None:
         if options.peers:
             peers, facts["skipped_peers"] = rivals(stack, SLOTS, options.drain)
             facts["peers"] = versions()
-        facts |= asyncio.run(bench(options, url, peers))
+        facts |= uvloop.run(bench(options, url, peers))
     print(f"\n{facts['server']}; medians of {facts['repetitions']} repetitions; {facts['cores']} cores")
     print(table(facts["rows"]))
     print(f"goal 8, idle calls of a worker: {facts['idle_calls']}")

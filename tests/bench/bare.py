@@ -15,8 +15,7 @@ from typing import Any, Never
 from aiohttp import web
 from aiohttp_sse import sse_response
 from bson import ObjectId
-from motor.motor_asyncio import AsyncIOMotorClient
-from pymongo import WriteConcern
+from pymongo import AsyncMongoClient, WriteConcern
 
 from core4.jobs import JobOrder, new_document, utcnow
 from core4.store import INDEXES, QUEUE
@@ -90,7 +89,7 @@ def main() -> None:
     app = web.Application()
 
     async def connect(app: web.Application) -> None:
-        client: AsyncIOMotorClient[Any] = AsyncIOMotorClient(sys.argv[2])
+        client: AsyncMongoClient[Any] = AsyncMongoClient(sys.argv[2])
         app[TABLE] = client["bare"].get_collection("bare", write_concern=WriteConcern(w="majority", j=True))
         await app[TABLE].create_indexes(list(INDEXES[QUEUE]))
 
