@@ -12,7 +12,6 @@ import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 
-import uvloop
 from aiohttp import web
 from pymongo.errors import PyMongoError
 
@@ -64,7 +63,7 @@ from core4.registry import WorkerRegistry
 from core4.remembered import Remembered
 from core4.returns import RETURN, Returns
 from core4.schedules import ScheduleStore
-from core4.service import hide_memory, ready, stop_on_signals
+from core4.service import hide_memory, ready, run_loop, stop_on_signals
 from core4.store import JOURNAL
 from core4.store import QUEUE as QUEUE_COLLECTION
 from core4.users import UserStore
@@ -205,7 +204,7 @@ def main(settings: Settings) -> None:
     hide_memory()
     _allow_files()
     try:
-        uvloop.run(_serve(settings, settings.mongo_url))
+        run_loop(_serve(settings, settings.mongo_url))
     except PyMongoError as error:
         # What follows the bracket are the driver's insides.
         sys.exit(f"core4 api: the database does not answer: {str(error).partition(' (configured')[0][:200]}")

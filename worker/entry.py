@@ -9,14 +9,13 @@ import socket
 import sys
 from dataclasses import replace
 
-import uvloop
 from pymongo.errors import PyMongoError
 
 from core4.brokers import require
 from core4.config import DEBUG, Settings
 from core4.database import Database
 from core4.errors import ConfigError, Unauthenticated, Unavailable
-from core4.service import hide_memory, stop_on_signals
+from core4.service import hide_memory, run_loop, stop_on_signals
 from core4.worker import functions
 from core4.worker.backend import Refused
 from core4.worker.daemon import Worker
@@ -46,7 +45,7 @@ def run(settings: Settings) -> int:
     # Jobs run as the same user: they must not read the database's password out of this process.
     hide_memory()
     try:
-        return uvloop.run(_serve(settings, launcher))
+        return run_loop(_serve(settings, launcher))
     finally:
         launcher.close()
 
