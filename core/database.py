@@ -1,12 +1,13 @@
 """The only module that knows which asyncio driver speaks to MongoDB.
 
-It is PyMongo's own asynchronous client, the successor of motor. Everything outside gets a `Database`
-and its collections.
+Today that is motor; its successor is PyMongo's own async client. Everything outside gets a `Database`
+and collections with the method names that both share.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -14,15 +15,19 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import Any, Self
 
-from pymongo import AsyncMongoClient, IndexModel, ReadPreference, WriteConcern
-from pymongo.asynchronous.collection import AsyncCollection
+# Each open change stream keeps one of motor's threads; its default of 5 per core starves the rest.
+# Read by motor when it is imported.
+os.environ.setdefault("MOTOR_MAX_WORKERS", "64")
+
+from motor.motor_asyncio import AsyncIOMotorClient, AsyncIOMotorCollection
+from pymongo import IndexModel, ReadPreference, WriteConcern
 from pymongo.errors import BulkWriteError, DuplicateKeyError, OperationFailure, PyMongoError, WriteError
 
 from core4 import faults
 from core4.waits import heard
 
 Document = dict[str, Any]
-Collection = AsyncCollection[Document]
+Collection = AsyncIOMotorCollection[Document]
 
 # State must survive a kill -9 of the server: only journaled writes do (see docs, embedded database).
 DURABLE = WriteConcern(w="majority", j=True, wtimeout=10_000)
@@ -77,7 +82,7 @@ class Database:
     server); `Claims.claim` then peeks and updates instead.
     """
 
-    def __init__(self, client: AsyncMongoClient[Document], name: str, *, find_and_modify: bool) -> None:
+    def __init__(self, client: AsyncIOMotorClient[Document], name: str, *, find_and_modify: bool) -> None:
         self._client = client
         self._database = client.get_database(name, read_preference=ReadPreference.PRIMARY)
         self.name = name
@@ -101,11 +106,12 @@ class Database:
 
         Raises: PyMongoError if the server cannot be reached.
         """
-        client: AsyncMongoClient[Document] = AsyncMongoClient(
+        client: AsyncIOMotorClient[Document] = AsyncIOMotorClient(
             url,
             appname=app_name,
             tz_aware=True,
             tzinfo=UTC,
+            io_loop=asyncio.get_running_loop(),
             serverSelectionTimeoutMS=int(timeout * 1000),
             connectTimeoutMS=int(timeout * 1000),
             socketTimeoutMS=30_000,
@@ -113,7 +119,7 @@ class Database:
         try:
             info = await client.admin.command("buildInfo")
         except PyMongoError:
-            await client.close()
+            client.close()
             raise
         scans = "secantusVersion" in info
         return cls(client, name, find_and_modify=not scans if find_and_modify is None else find_and_modify)
@@ -138,8 +144,7 @@ class Database:
 
     async def aggregate(self, collection: str, pipeline: Sequence[Mapping[str, Any]]) -> list[Document]:
         """All documents a pipeline yields."""
-        cursor = await self._database.get_collection(collection).aggregate(list(pipeline))
-        return await cursor.to_list(None)
+        return await self._database.get_collection(collection).aggregate(list(pipeline)).to_list(None)
 
     async def ensure_indexes(self, indexes: Mapping[str, Sequence[IndexModel]]) -> None:
         """Make what is missing of `indexes` (by collection); safe to repeat and to race."""
@@ -195,9 +200,9 @@ class Database:
         """
         after = {"resumeAfter": resume_token} if resume_token else {}
         wanted = {"ns.coll": {"$in": list(collections)}}
-        # By hand: the driver's stream hands over one change at a time, does not tell when it has no more of
-        # them in store, and answers a first time only when something has changed.
-        async with self._client.start_session(causal_consistency=False) as session:
+        # By hand: motor's stream hands over one change at a time, does not tell when it has no more of them
+        # in store, and answers a first time only when something has changed.
+        async with await self._client.start_session(causal_consistency=False) as session:
             command = partial(
                 self._database.command, session=session, codec_options=self._database.codec_options
             )
@@ -217,7 +222,7 @@ class Database:
     async def close(self) -> None:
         """Finish what is done beside, then give the connections back."""
         await self.landed()
-        await self._client.close()
+        self._client.close()
 
 
 class ChangeStream:

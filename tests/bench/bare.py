@@ -15,7 +15,8 @@ from typing import Any, Never
 from aiohttp import web
 from aiohttp_sse import sse_response
 from bson import ObjectId
-from pymongo import AsyncMongoClient, WriteConcern
+from motor.motor_asyncio import AsyncIOMotorClient
+from pymongo import WriteConcern
 
 from core4.jobs import JobOrder, new_document, utcnow
 from core4.store import INDEXES, QUEUE
@@ -89,7 +90,7 @@ def main() -> None:
     app = web.Application()
 
     async def connect(app: web.Application) -> None:
-        client: AsyncMongoClient[Any] = AsyncMongoClient(sys.argv[2])
+        client: AsyncIOMotorClient[Any] = AsyncIOMotorClient(sys.argv[2])
         app[TABLE] = client["bare"].get_collection("bare", write_concern=WriteConcern(w="majority", j=True))
         await app[TABLE].create_indexes(list(INDEXES[QUEUE]))
 

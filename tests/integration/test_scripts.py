@@ -68,7 +68,7 @@ async def test_it_has_an_interpreter_of_its_own(floor: Floor) -> None:
     told, other = job.document["result"], again.document["result"]
     assert told["result"] == "blocking with 711711 2 3"
     assert len({told["pid"], other["pid"], os.getpid()}) == 3
-    assert {"pymongo", "bson", "uvloop", "asyncio", "blocking"} & set(told["modules"]) == set()
+    assert {"pymongo", "bson", "motor", "asyncio", "blocking"} & set(told["modules"]) == set()
     assert told["argv"] == [str(JOBS / "files" / "basic_blocking.py")]
     assert "711711" not in told["command"] + told["environ"]
     assert "CORE4_MONGO_URL" not in told["environ"]

@@ -88,7 +88,7 @@ class Shared(Awaiting):
         """What a host has and has not."""
         return {
             "pid": os.getpid(),
-            "modules": [name for name in ("pymongo", "bson", "uvloop") if name in sys.modules],
+            "modules": [name for name in ("pymongo", "bson", "motor") if name in sys.modules],
             "environ": sorted(name for name in os.environ if name.startswith("CORE4_")),
         }
 

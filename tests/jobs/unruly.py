@@ -67,7 +67,7 @@ class Unruly(CoreJob):
         """What a job process has and has not."""
         return {
             "modules": [
-                name for name in ("asyncio", "pymongo", "bson", "uvloop", "jsonschema") if name in sys.modules
+                name for name in ("asyncio", "pymongo", "bson", "motor", "jsonschema") if name in sys.modules
             ],
             "environ": dict(os.environ),
             "files": sorted(int(fd) for fd in os.listdir("/proc/self/fd")),
