@@ -205,7 +205,8 @@ async def _list(request: web.Request, args: Args, *, journal: bool) -> web.Respo
         await limit_to(request, where, rights.may_read)
     order = total_order(order)
     page = await request.app[QUEUE].store.page(
-        _behind(where, args["cursor"], order),
+        where,
+        behind=behind(args["cursor"], order, JOB_FIELDS) if args["cursor"] else None,
         sort=order,
         page=args["page"],
         per_page=args["per_page"],
@@ -218,13 +219,6 @@ async def _list(request: web.Request, args: Args, *, journal: bool) -> web.Respo
     rows = [_row(document, rights, journal=journal, now=now) for document in page.rows]
     following = bookmark(page.rows[-1], order) if page.more else None
     return page_reply(request, page, rows, flash=_warnings(page, rows), next=following)
-
-
-def _behind(where: Document, cursor: str | None, order: Sequence[tuple[str, int]]) -> Document:
-    if not cursor:
-        return where
-    following = behind(cursor, order, JOB_FIELDS)
-    return {"$and": [where, following]} if where else following
 
 
 def _fields(order: Sequence[tuple[str, int]]) -> list[str]:

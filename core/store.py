@@ -35,6 +35,7 @@ from core4.errors import Core4Error, JobExists, JobNotFound, LeaseLost, SourceRe
 from core4.events import EventStore, audit_of
 from core4.jobs import HISTORY_LIMIT, Job, Lease, canonical
 from core4.returns import Returns
+from core4.spans import Spans
 from core4.states import FINAL, WAITING, State
 from core4.transitions import Change
 
@@ -200,26 +201,34 @@ class JobStore:
         fields: Sequence[str] | None = None,
         args_room: int | None = None,
         counted: bool = True,
+        behind: Mapping[str, Any] | None = None,
     ) -> Page:
         """One page of documents; a negative `page` counts from the end. `where` is a trusted filter.
 
-        Those behind a filter are counted up to `COUNTED` only, but for a page from the end.
+        `behind` is what `core4.bookmarks.behind` made of a bookmark. Those behind a filter, and all where the
+        server counts by reading, are counted up to `COUNTED` only, but for a page from the end.
 
         Arguments that do not fit into `args_room` bytes any more are left out: `args` of such a row is None
         and `omitted` names it.
         """
         table = self.journal if journal else self.queue
         limit = None if page < 0 else COUNTED
-        total, at_least = await self._total(table, where, limit) if counted else (0, False)
+        reads_all = journal and not self.database.find_and_modify and 0 <= page * per_page <= COUNTED
+        spans = Spans.of(table, where, behind or {}, sort) if reads_all else None
+        total, at_least = await self._total(table, where, limit, spans) if counted else (0, False)
         number = page
         if page < 0:
             number += -(-total // per_page)
             if number < 0:
                 return Page([], total, page, per_page)
         found = Page([], total, page, per_page, counted=counted, at_least=at_least)
-        cursor = table.find(dict(where), list(fields) if fields else None)
+        skipped, there = number * per_page, {"$and": [where, behind]} if where and behind else behind or where
+        if spans is not None:
+            ids = await spans.ids(sort[0][1], skipped + per_page + 1)
+            skipped, there = 0, {"_id": {"$in": ids[skipped:]}}
+        cursor = table.find(dict(there), list(fields) if fields else None)
         # One by one: what is left out must not be held together, either. One more than a page tells of more.
-        async for row in cursor.sort(list(sort)).skip(number * per_page).limit(per_page + 1):
+        async for row in cursor.sort(list(sort)).skip(skipped).limit(per_page + 1):
             if len(found.rows) == per_page:
                 return replace(found, more=True)
             if args_room is not None and row.get("args"):
@@ -232,9 +241,12 @@ class JobStore:
         return found
 
     async def _total(
-        self, table: databases.Collection, where: Mapping[str, Any], limit: int | None
+        self, table: databases.Collection, where: Mapping[str, Any], limit: int | None, spans: Spans | None
     ) -> tuple[int, bool]:
         """How many there are, up to `limit`, and whether there are more."""
+        if spans is not None and limit is not None:
+            found = await spans.count(limit)
+            return min(found, limit), found > limit
         if not where:
             return await table.estimated_document_count(), False
         if limit is None:

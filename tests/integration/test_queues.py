@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import struct
+import time
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -839,6 +841,75 @@ async def test_pages(queue: JobQueue) -> None:
     assert (await queue.store.page({}, page=9)).rows == []
     assert (await queue.store.page({"name": "none"})).total == 0
     assert await queue.store.counts() == {"pending": 25}
+
+
+@pytest.mark.parametrize(
+    "where",
+    [{}, {"state": {"$in": ["complete", "error"]}}, {"name": "b", "state": "killed"}, {"n": {"$gte": 40}}],
+)
+async def test_pages_of_the_journal_are_the_same_span_by_span(
+    queue: JobQueue, database: Database, where: dict[str, Any]
+) -> None:
+    """A server that reads all that a range holds gives the same rows as one that seeks, in either order."""
+    states = ["complete", "error", "killed", "inactive", "pending"]  # one that waited may have been removed
+    now = int(time.time())
+    rows = [
+        {
+            "_id": ObjectId(struct.pack(">IQ", now + 60 - n**4 // 20, n)),
+            "n": n,
+            "state": states[n % 5],
+            "name": "ab"[n % 2],
+        }
+        for n in range(60)
+    ]
+    await queue.store.journal.insert_many(rows)
+
+    async def page(**how: Any) -> Any:
+        found = []
+        for seeks in (True, False):
+            database.find_and_modify = seeks
+            found.append(await queue.store.page(where, per_page=7, journal=True, fields=["n"], **how))
+        assert found[0].rows == found[1].rows
+        assert (found[0].total, found[0].more) == (found[1].total, found[1].more)
+        return found[1]
+
+    newest = [await page(sort=[("_id", -1)], page=number) for number in range(4)]
+    for direction in (1, -1):
+        told, behind = [], {"_id": {"$gt": ObjectId(bytes(12))}} if direction > 0 else {}
+        while True:
+            part = await page(sort=[("_id", direction)], behind=behind, counted=False)
+            told += [row["n"] for row in part.rows]
+            if not part.more:
+                break
+            behind = {"_id": {"$gt" if direction > 0 else "$lt": part.rows[-1]["_id"]}}
+        assert told == [row["n"] for row in sorted(rows, key=_id, reverse=direction < 0) if _fits(row, where)]
+    assert [row["n"] for part in newest for row in part.rows] == told[:28]
+
+
+def _id(row: Mapping[str, Any]) -> ObjectId:
+    found: ObjectId = row["_id"]
+    return found
+
+
+def _fits(row: Mapping[str, Any], where: Mapping[str, Any]) -> bool:
+    """Whether one of the filters above finds the row."""
+    state, name = where.get("state"), where.get("name")
+    states = state["$in"] if isinstance(state, dict) else [state or row["state"]]
+    return row["state"] in states and name in (None, row["name"]) and row["n"] >= (40 if "n" in where else 0)
+
+
+async def test_who_counts_by_reading_stops(
+    queue: JobQueue, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More than so many are not counted there, and the page says so."""
+    monkeypatch.setattr("core4.store.COUNTED", 10)
+    rows = [{"_id": ObjectId(struct.pack(">IQ", 10**9 + n, n)), "state": "complete"} for n in range(25)]
+    await queue.store.journal.insert_many(rows)
+    database.find_and_modify = False
+    page = await queue.store.page({}, sort=[("_id", -1)], journal=True, per_page=5)
+    assert (page.total, page.at_least, page.more, len(page.rows)) == (10, True, True, 5)
+    last = await queue.store.page({}, sort=[("_id", -1)], journal=True, per_page=5, page=-1)
+    assert (last.total, [row["_id"] for row in last.rows]) == (25, [row["_id"] for row in rows[4::-1]])
 
 
 @pytest.mark.parametrize("rival", ["kill", "remove", "restart", "rescue", "claim"])

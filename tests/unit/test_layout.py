@@ -27,8 +27,8 @@ LAYERS = (
     ("ground", "config faults database changes waits remembered service embedded identifiers"),
     (
         "stores",
-        "controls events returns store outbox claims queues repairs retention bulk catalogue registry logs "
-        "users schedules doctor brokers inbox rabbit children actions attendance",
+        "controls events returns store spans outbox claims queues repairs retention bulk catalogue registry "
+        "logs users schedules doctor brokers inbox rabbit children actions attendance",
     ),
     ("authors", "tasks decorated scripts questions context attempts discovery testing examples producers"),
     ("sides", "api worker"),
