@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import time
 from collections.abc import Callable, Collection, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -34,6 +35,7 @@ from core4.database import Database, Document, Page, ScaleIndex, exactly, refuse
 from core4.errors import Core4Error, JobExists, JobNotFound, LeaseLost, SourceRefused, Unavailable
 from core4.events import EventStore, audit_of
 from core4.jobs import HISTORY_LIMIT, Job, Lease, canonical
+from core4.remembered import Remembered
 from core4.returns import Returns
 from core4.spans import Spans
 from core4.states import FINAL, WAITING, State
@@ -103,6 +105,7 @@ FEW = 4  # read at once to find a first one that can be read
 COUNTED = 10_000  # documents at most that a page of some of them counts: counting reads each of them
 # What is raised for a document that cannot be stored: by the driver before it sends it, or by the server.
 REFUSED = (BSONError, DocumentTooLarge, OverflowError, UnicodeError, BulkWriteError)
+SLOW_COUNT, COUNT_SHARE = 0.1, 0.05  # seconds of a count that reads all, and its share of the time
 RETRIES = 100  # of one decision, if others keep writing the same job
 _UNREADABLE: set[str] = set()  # ids that this process has logged
 
@@ -116,6 +119,8 @@ class JobStore:
         self.journal = database.collection(JOURNAL)
         self.events = EventStore(database)
         self.returns = Returns(database)
+        self._count_life = 0.0  # seconds for which the number of all in the journal is good
+        self._journaled = Remembered(self._count_journal, lambda: self._count_life)
 
     async def prepare(self) -> None:
         """Make the indexes that are missing."""
@@ -327,7 +332,14 @@ class JobStore:
         """Number of jobs in the journal."""
         if where:
             return await self.journal.count_documents(dict(where))
-        return await self.journal.estimated_document_count()
+        return await self._journaled.get(None)
+
+    async def _count_journal(self, _: None) -> int:
+        began = time.monotonic()
+        found = await self.journal.estimated_document_count()
+        took = time.monotonic() - began
+        self._count_life = took / COUNT_SHARE if took > SLOW_COUNT else 0.0
+        return found
 
     async def load(self) -> tuple[list[Document], list[Document]]:
         """How many jobs run, and how many wait: rows of `name`, `namespace`, `worker` and `n`.

@@ -898,6 +898,21 @@ def _fits(row: Mapping[str, Any], where: Mapping[str, Any]) -> bool:
     return row["state"] in states and name in (None, row["name"]) and row["n"] >= (40 if "n" in where else 0)
 
 
+async def test_a_slow_count_of_all_is_kept_for_a_while(
+    queue: JobQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that reads the journal for its number does so for a twentieth of the time; others always."""
+    await queue.store.journal.insert_one({"state": "complete"})
+    assert await queue.store.journaled() == 1
+    await queue.store.journal.insert_one({"state": "complete"})
+    assert await queue.store.journaled() == 2
+    monkeypatch.setattr("core4.store.SLOW_COUNT", -1.0)
+    monkeypatch.setattr("core4.store.COUNT_SHARE", 1e-9)
+    assert await queue.store.journaled() == 2
+    await queue.store.journal.insert_one({"state": "complete"})
+    assert await queue.store.journaled() == 2
+
+
 async def test_who_counts_by_reading_stops(
     queue: JobQueue, database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
