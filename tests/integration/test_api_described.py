@@ -45,7 +45,6 @@ def example(n: int, word: str = "x", rows: list[str] | None = None, **more: Any)
 
 limits = settings(
     max_examples=CASES,
-    deadline=None,
     database=None,
     derandomize=True,
     suppress_health_check=list(HealthCheck),

@@ -692,7 +692,6 @@ def test_queue_and_model_agree(mongo_url: str, database_name: str, tmp_path: Pat
         profile = settings(
             max_examples=BATCH,
             stateful_step_count=60,
-            deadline=None,
             database=None,
             suppress_health_check=list(HealthCheck),
         )

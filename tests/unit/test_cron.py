@@ -308,7 +308,7 @@ def in_second_pass(moment: datetime, zone: str) -> bool:
 
 
 @seed(20251026)
-@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@settings(max_examples=150, derandomize=True, database=None)
 @given(EXPRESSIONS, st.sampled_from(ZONES), MOMENTS)
 @example("30 2 * * *", "Europe/Berlin", AUTUMN)
 @example("30 2 * * *", "Europe/Berlin", SPRING)
@@ -369,7 +369,7 @@ TURNS = [(zone, turn) for zone in (*ODD_ZONES, "Europe/Berlin", "America/New_Yor
 
 
 @seed(20251026)
-@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@settings(max_examples=100, derandomize=True, database=None)
 @given(numbers(0, 59), numbers(0, 23), st.sampled_from(TURNS))
 def test_by_definition_around_every_turn(minute: str, hour: str, turn: tuple[str, datetime]) -> None:
     """Half-hour and two-hour changes, changes at midnight: no instant is missing, none is too many."""
@@ -384,7 +384,7 @@ def test_by_definition_around_every_turn(minute: str, hour: str, turn: tuple[str
 
 
 @seed(20251026)
-@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@settings(max_examples=100, derandomize=True, database=None)
 @given(
     numbers(0, 59),
     numbers(0, 23),

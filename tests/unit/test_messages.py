@@ -57,7 +57,7 @@ def test_a_message_has_a_largest_size() -> None:
         messages.read(b" " * 1001, "ETL", cap=1000)
 
 
-@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
+@settings(suppress_health_check=[HealthCheck.too_slow])
 @given(st.binary(max_size=300))
 def test_any_bytes_are_read_or_refused(body: bytes) -> None:
     try:
@@ -74,7 +74,7 @@ JSON = st.recursive(
 KEYS = st.sampled_from(["name", "namespace", "args", "kwargs", "job", "request_id", "priority", "force", "x"])
 
 
-@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
+@settings(suppress_health_check=[HealthCheck.too_slow])
 @given(st.dictionaries(KEYS, JSON, max_size=6))
 def test_any_object_is_read_or_refused(envelope: dict[str, Any]) -> None:
     """What a producer lets through is what the other end reads."""
