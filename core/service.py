@@ -112,7 +112,7 @@ def run_loop(main: Coroutine[Any, Any, T]) -> T:
     """Run what a daemon does, to its end, on an event loop of its own."""
     import uvloop
 
-    # What is imported by now stays: to look for garbage in it took a fifth of a worker's time.
+    # What is imported by now stays: it was looked through whenever a batch of documents was read.
     gc.freeze()
     gc.set_threshold(YOUNG)
     return uvloop.run(main)

@@ -210,8 +210,8 @@ class JobStore:
     ) -> Page:
         """One page of documents; a negative `page` counts from the end. `where` is a trusted filter.
 
-        `behind` is what `core4.bookmarks.behind` made of a bookmark. Those behind a filter, and all where the
-        server counts by reading, are counted up to `COUNTED` only, but for a page from the end.
+        `behind` is what `core4.bookmarks.behind` made of a bookmark. Those behind a filter are counted up to
+        `COUNTED` only, but for a page from the end.
 
         Arguments that do not fit into `args_room` bytes any more are left out: `args` of such a row is None
         and `omitted` names it.
@@ -220,6 +220,8 @@ class JobStore:
         limit = None if page < 0 else COUNTED
         reads_all = journal and not self.database.find_and_modify and 0 <= page * per_page <= COUNTED
         spans = Spans.of(table, where, behind or {}, sort) if reads_all else None
+        if spans is not None and await self.journaled() <= COUNTED:
+            spans = None  # to read so few costs less than to ask for each state
         total, at_least = await self._total(table, where, limit, spans) if counted else (0, False)
         number = page
         if page < 0:
@@ -249,11 +251,11 @@ class JobStore:
         self, table: databases.Collection, where: Mapping[str, Any], limit: int | None, spans: Spans | None
     ) -> tuple[int, bool]:
         """How many there are, up to `limit`, and whether there are more."""
-        if spans is not None and limit is not None:
+        if spans is not None and limit is not None and where:
             found = await spans.count(limit)
             return min(found, limit), found > limit
         if not where:
-            return await table.estimated_document_count(), False
+            return await (self.journaled() if spans else table.estimated_document_count()), False
         if limit is None:
             return await table.count_documents(dict(where)), False
         found = await table.count_documents(dict(where), limit=limit + 1)

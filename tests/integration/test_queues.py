@@ -848,9 +848,10 @@ async def test_pages(queue: JobQueue) -> None:
     [{}, {"state": {"$in": ["complete", "error"]}}, {"name": "b", "state": "killed"}, {"n": {"$gte": 40}}],
 )
 async def test_pages_of_the_journal_are_the_same_span_by_span(
-    queue: JobQueue, database: Database, where: dict[str, Any]
+    queue: JobQueue, database: Database, where: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A server that reads all that a range holds gives the same rows as one that seeks, in either order."""
+    monkeypatch.setattr("core4.store.COUNTED", 50)  # so many are not read for a page
     states = ["complete", "error", "killed", "inactive", "pending"]  # one that waited may have been removed
     now = int(time.time())
     rows = [
@@ -916,14 +917,17 @@ async def test_a_slow_count_of_all_is_kept_for_a_while(
 async def test_who_counts_by_reading_stops(
     queue: JobQueue, database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """More than so many are not counted there, and the page says so."""
+    """Behind a filter more than so many are not counted, and the page says so."""
     monkeypatch.setattr("core4.store.COUNTED", 10)
     rows = [{"_id": ObjectId(struct.pack(">IQ", 10**9 + n, n)), "state": "complete"} for n in range(25)]
     await queue.store.journal.insert_many(rows)
     database.find_and_modify = False
-    page = await queue.store.page({}, sort=[("_id", -1)], journal=True, per_page=5)
+    where = {"state": "complete"}
+    page = await queue.store.page(where, sort=[("_id", -1)], journal=True, per_page=5)
     assert (page.total, page.at_least, page.more, len(page.rows)) == (10, True, True, 5)
-    last = await queue.store.page({}, sort=[("_id", -1)], journal=True, per_page=5, page=-1)
+    all_ = await queue.store.page({}, sort=[("_id", -1)], journal=True, per_page=5)
+    assert (all_.rows, all_.total, all_.at_least) == (page.rows, 25, False)
+    last = await queue.store.page(where, sort=[("_id", -1)], journal=True, per_page=5, page=-1)
     assert (last.total, [row["_id"] for row in last.rows]) == (25, [row["_id"] for row in rows[4::-1]])
 
 
