@@ -26,9 +26,15 @@ class Spans:
     """What a filter finds, in the order of ids. Made by `of`."""
 
     def __init__(
-        self, table: Collection, where: Document, states: Sequence[str], bound: Mapping[str, ObjectId]
+        self,
+        table: Collection,
+        where: Document,
+        states: Sequence[str],
+        direction: int,
+        bound: Mapping[str, ObjectId],
     ) -> None:
-        self._table, self._where, self._states, self._bound = table, where, states, bound
+        self._table, self._where, self._states = table, where, states
+        self._direction, self._bound = direction, bound
 
     @classmethod
     def of(
@@ -49,34 +55,34 @@ class Spans:
         if path != "_id" or "_id" in where or behind.keys() - {"_id"} or oldest or not states:
             return None
         rest = {name: term for name, term in where.items() if name != "state"}
-        return cls(table, rest, states, behind.get("_id", {}))
+        return cls(table, rest, states, direction, behind.get("_id", {}))
 
-    async def ids(self, direction: int, most: int) -> list[ObjectId]:
+    async def ids(self, most: int) -> list[ObjectId]:
         """The first ids, `most` of them."""
         found: list[ObjectId] = []
-        for span in spans(direction, self._bound, time.time()):
-            parts = await asyncio.gather(
-                *(self._some(span, state, direction, most) for state in self._states)
-            )
-            found += sorted((each for part in parts for each in part), reverse=direction < 0)
+        for span in spans(self._direction, self._bound, time.time()):
+            parts = await asyncio.gather(*(self._some(part, most) for part in self._parts(span)))
+            found += sorted((each for part in parts for each in part), reverse=self._direction < 0)
             if len(found) >= most:
                 break
         return found[:most]
 
-    async def _some(self, span: Document, state: str, direction: int, most: int) -> list[ObjectId]:
-        where = {"state": state, "_id": span, **self._where}
-        rows = await self._table.find(where, _ID).sort("_id", direction).limit(most).to_list(None)
+    async def _some(self, where: Document, most: int) -> list[ObjectId]:
+        rows = await self._table.find(where, _ID).sort("_id", self._direction).limit(most).to_list(None)
         return [row["_id"] for row in rows]
 
     async def count(self, most: int) -> int:
         """How many there are, or some number above `most`."""
         found = 0
         for span in spans(-1, {}, time.time()):
-            wheres = ({"state": state, "_id": span, **self._where} for state in self._states)
-            found += sum(await asyncio.gather(*map(self._table.count_documents, wheres)))
+            found += sum(await asyncio.gather(*map(self._table.count_documents, self._parts(span))))
             if found > most:
                 break
         return found
+
+    def _parts(self, span: Document) -> Iterator[Document]:
+        """The filters for a span, one for each state."""
+        return ({"state": state, "_id": span, **self._where} for state in self._states)
 
 
 def spans(direction: int, bound: Mapping[str, ObjectId], now: float) -> Iterator[Document]:

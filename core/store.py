@@ -119,8 +119,11 @@ class JobStore:
         self.journal = database.collection(JOURNAL)
         self.events = EventStore(database)
         self.returns = Returns(database)
-        self._count_life = 0.0  # seconds for which the number of all in the journal is good
-        self._journaled = Remembered(self._count_journal, lambda: self._count_life)
+        self._last_count = 0  # of all in the journal
+        self._count_life = 0.0  # seconds for which that is good
+        self._journaled: Remembered[None, int] = Remembered(
+            lambda _: self._count_journal(), lambda: self._count_life
+        )
 
     async def prepare(self) -> None:
         """Make the indexes that are missing."""
@@ -220,7 +223,9 @@ class JobStore:
         limit = None if page < 0 else COUNTED
         reads_all = journal and not self.database.find_and_modify and 0 <= page * per_page <= COUNTED
         spans = Spans.of(table, where, behind or {}, sort) if reads_all else None
-        if spans is not None and await self.journaled() <= COUNTED:
+        # Pages without a filter renew the last number, as they show it.
+        known = 0 if where and counted else self._last_count
+        if spans is not None and (known or await self.journaled()) <= COUNTED:
             spans = None  # to read so few costs less than to ask for each state
         total, at_least = await self._total(table, where, limit, spans) if counted else (0, False)
         number = page
@@ -231,7 +236,7 @@ class JobStore:
         found = Page([], total, page, per_page, counted=counted, at_least=at_least)
         skipped, there = number * per_page, {"$and": [where, behind]} if where and behind else behind or where
         if spans is not None:
-            ids = await spans.ids(sort[0][1], skipped + per_page + 1)
+            ids = await spans.ids(skipped + per_page + 1)
             skipped, there = 0, {"_id": {"$in": ids[skipped:]}}
         cursor = table.find(dict(there), list(fields) if fields else None)
         # One by one: what is left out must not be held together, either. One more than a page tells of more.
@@ -255,7 +260,9 @@ class JobStore:
             found = await spans.count(limit)
             return min(found, limit), found > limit
         if not where:
-            return await (self.journaled() if spans else table.estimated_document_count()), False
+            if table is self.queue:
+                return await table.estimated_document_count(), False
+            return await (self.journaled() if spans else self._count_journal()), False
         if limit is None:
             return await table.count_documents(dict(where)), False
         found = await table.count_documents(dict(where), limit=limit + 1)
@@ -336,11 +343,12 @@ class JobStore:
             return await self.journal.count_documents(dict(where))
         return await self._journaled.get(None)
 
-    async def _count_journal(self, _: None) -> int:
+    async def _count_journal(self) -> int:
         began = time.monotonic()
         found = await self.journal.estimated_document_count()
         took = time.monotonic() - began
         self._count_life = took / COUNT_SHARE if took > SLOW_COUNT else 0.0
+        self._last_count = found
         return found
 
     async def load(self) -> tuple[list[Document], list[Document]]:
