@@ -1,8 +1,9 @@
 """Lists in the order of ids on a server that reads all that a filter leaves before it gives the first of it.
 
-The embedded servers do. They seek only to one state and a range of ids within it, by the index of both, so a
-list is read state by state and span by span: an id begins with the second in which it was made. What a page
-costs there is then what its rows and those before it cost, and not what the collection holds.
+The embedded servers do. They seek only to one state and a range of ids within it, by the index of both, and
+only if nothing else is asked for: so a list is read state by state and span by span, as an id begins with the
+second in which it was made. What a page costs there is then what its rows and those before it cost, and not
+what the collection holds.
 """
 
 from __future__ import annotations
@@ -26,15 +27,9 @@ class Spans:
     """What a filter finds, in the order of ids. Made by `of`."""
 
     def __init__(
-        self,
-        table: Collection,
-        where: Document,
-        states: Sequence[str],
-        direction: int,
-        bound: Mapping[str, ObjectId],
+        self, table: Collection, states: Sequence[str], direction: int, bound: Mapping[str, ObjectId]
     ) -> None:
-        self._table, self._where, self._states = table, where, states
-        self._direction, self._bound = direction, bound
+        self._table, self._states, self._direction, self._bound = table, states, direction, bound
 
     @classmethod
     def of(
@@ -46,16 +41,16 @@ class Spans:
     ) -> Self | None:
         """A list that can be read so; None if this one cannot.
 
-        Newest first it can, and behind a bookmark in either order. `where` is a trusted filter, `behind` what
-        `core4.bookmarks.behind` made of a bookmark.
+        Newest first it can, and behind a bookmark in either order, all or by state: with any other term each
+        span would read all of its state. `where` is a trusted filter, `behind` what `core4.bookmarks.behind`
+        made of a bookmark.
         """
         path, direction = sort[0]
         states = _states(where.get("state"))
         oldest = direction > 0 and not behind  # nobody knows where that is
-        if path != "_id" or "_id" in where or behind.keys() - {"_id"} or oldest or not states:
+        if path != "_id" or where.keys() - {"state"} or behind.keys() - {"_id"} or oldest or not states:
             return None
-        rest = {name: term for name, term in where.items() if name != "state"}
-        return cls(table, rest, states, direction, behind.get("_id", {}))
+        return cls(table, states, direction, behind.get("_id", {}))
 
     async def ids(self, most: int) -> list[ObjectId]:
         """The first ids, `most` of them."""
@@ -82,7 +77,7 @@ class Spans:
 
     def _parts(self, span: Document) -> Iterator[Document]:
         """The filters for a span, one for each state."""
-        return ({"state": state, "_id": span, **self._where} for state in self._states)
+        return ({"state": state, "_id": span} for state in self._states)
 
 
 def spans(direction: int, bound: Mapping[str, ObjectId], now: float) -> Iterator[Document]:

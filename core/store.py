@@ -102,6 +102,7 @@ INDEXES: Mapping[str, Sequence[IndexModel]] = {
 }
 
 FEW = 4  # read at once to find a first one that can be read
+SPANNED = 2_000  # entries of the journal above which it is read in spans: to ask for each costs more below
 COUNTED = 10_000  # documents at most that a page of some of them counts: counting reads each of them
 # What is raised for a document that cannot be stored: by the driver before it sends it, or by the server.
 REFUSED = (BSONError, DocumentTooLarge, OverflowError, UnicodeError, BulkWriteError)
@@ -225,7 +226,7 @@ class JobStore:
         spans = Spans.of(table, where, behind or {}, sort) if reads_all else None
         # Pages without a filter renew the last number, as they show it.
         known = 0 if where and counted else self._last_count
-        if spans is not None and (known or await self.journaled()) <= COUNTED:
+        if spans is not None and (known or await self.journaled()) <= SPANNED:
             spans = None  # to read so few costs less than to ask for each state
         total, at_least = await self._total(table, where, limit, spans) if counted else (0, False)
         number = page

@@ -54,8 +54,10 @@ def test_there_are_few_of_them(direction: int) -> None:
     ("where", "behind", "sort", "suits"),
     [
         ({}, {}, [("_id", -1)], True),
-        ({"state": "complete", "name": "a"}, {"_id": {"$lt": made(1)}}, [("_id", -1), ("name", 1)], True),
+        ({"state": "complete"}, {"_id": {"$lt": made(1)}}, [("_id", -1), ("name", 1)], True),
         ({"state": {"$in": ["error"]}}, {"_id": {"$gt": made(1)}}, [("_id", 1)], True),
+        ({"state": "complete", "name": "a"}, {}, [("_id", -1)], False),  # reads each state for each span
+        ({"name": "a"}, {"_id": {"$lt": made(1)}}, [("_id", -1)], False),
         ({}, {}, [("_id", 1)], False),  # nobody knows where the oldest is
         ({}, {}, [("name", -1), ("_id", -1)], False),
         ({}, {"$or": []}, [("_id", -1)], False),
