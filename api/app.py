@@ -18,7 +18,8 @@ from pymongo.errors import PyMongoError
 from core4 import __version__, identifiers
 from core4.actions import ActionStore
 from core4.api.browsers import add_headers, origins
-from core4.api.errors import ProblemProtocol, problems
+from core4.api.connections import Connection, cut_stalled, heard
+from core4.api.errors import problems
 from core4.api.hub import Hub
 from core4.api.keys import (
     ACTIONS,
@@ -40,13 +41,14 @@ from core4.api.keys import (
     SERVED,
     SETTINGS,
     SIGN_INS,
+    TURNS,
     USERS,
     WORKERS,
 )
 from core4.api.metrics import Metrics, counted
 from core4.api.openapi import describe
 from core4.api.routes import add_routes
-from core4.api.throttle import Seats, SignIns, Throttle
+from core4.api.throttle import Seats, SignIns, Throttle, Turns
 from core4.api.workers import add_worker_routes
 from core4.attendance import Attendance, Contact
 from core4.catalogue import CATALOGUE as CATALOGUE_COLLECTION
@@ -77,12 +79,13 @@ _silent.setLevel(logging.WARNING)
 BACKLOG = 4096  # connections that may wait to be accepted: followers all come back at once
 IDLE = 75.0  # seconds that a connection is kept between two requests
 GLANCE = 1.0  # seconds for which a worker that was up counts as one: it decides on a warning only
+LARGE = 4  # lists and documents of one user that are made and sent at a time
 SHUTDOWN = 2.0  # seconds that open requests get to end
 
 
 def create_app(settings: Settings, database: Database) -> web.Application:
     """The application on a database that is connected; the caller closes that."""
-    app = web.Application(middlewares=[counted, problems, origins], client_max_size=settings.max_body)
+    app = web.Application(middlewares=[heard, counted, problems, origins], client_max_size=settings.max_body)
 
     app[SETTINGS] = settings
     app[DATABASE] = database
@@ -98,6 +101,7 @@ def create_app(settings: Settings, database: Database) -> web.Application:
     app[RETURNS] = Returns(database)
     app[SIGN_INS] = SignIns()
     app[SEATS] = Seats(settings.streams, settings.streams_per_user)
+    app[TURNS] = Turns(LARGE)
     if settings.requests_per_user is not None:
         app[REQUESTS] = Throttle(settings.requests_per_user, 1.0)
     app[OPENAPI] = describe
@@ -179,16 +183,18 @@ async def listen(app: web.Application, host: str, port: int) -> AsyncIterator[in
         loop, manager = asyncio.get_running_loop(), runner.server
         assert manager is not None
 
-        def connected() -> ProblemProtocol:
+        def connected() -> Connection:
             # Bodies are small: what a compressed one becomes is not worth finding out.
-            return ProblemProtocol(
+            return Connection(
                 manager, loop=loop, access_log=_silent, auto_decompress=False, keepalive_timeout=IDLE
             )
 
         server = await loop.create_server(connected, host, port, backlog=BACKLOG)
+        watch = asyncio.create_task(cut_stalled(manager))
         try:
             yield server.sockets[0].getsockname()[1]
         finally:
+            watch.cancel()
             server.close()
     finally:
         await runner.cleanup()

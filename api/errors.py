@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping
 from http import HTTPStatus
@@ -25,7 +24,6 @@ from core4.errors import BadRequest, Core4Error, TooLarge, Unauthenticated, Unav
 log = logging.getLogger(__name__)
 
 PROBLEM = "application/problem+json"
-HEAD_TIME = 10.0  # seconds within which the head of a connection's first request has to arrive
 RETRY = 2  # seconds after which a client should ask a database again that does not answer
 _KEPT = ("Allow", "Retry-After")
 REQUEST_HEADER = "X-Request-ID"
@@ -38,8 +36,6 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 async def problems(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Give the request its id and turn whatever is raised into a problem; nothing else does."""
     request[REQUEST_ID] = _request_id(request)
-    if isinstance(request.protocol, ProblemProtocol):
-        request.protocol.heard()
     began = monotonic()
     with identifiers.about(request_id=request[REQUEST_ID]):
         response = await _answered(request, handler)
@@ -174,62 +170,3 @@ def _http_detail(error: web.HTTPException) -> str:
     if isinstance(error, web.HTTPNotFound):
         return "nothing is found at this address"
     return error.text or error.reason
-
-
-class ProblemProtocol(web.RequestHandler):
-    """HTTP as aiohttp speaks it, except that answers which no middleware sees are problems, too:
-    those to requests that cannot be parsed, and to an `Expect` nobody can fulfil.
-
-    Who connects has `HEAD_TIME` to send the head of a request: each connection is an open file, and
-    aiohttp itself would wait for an hour.
-    """
-
-    __slots__ = ("_deadline",)
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        super().connection_made(transport)
-        self._deadline = asyncio.get_running_loop().call_later(HEAD_TIME, self.force_close)
-
-    def connection_lost(self, exc: BaseException | None) -> None:
-        self._deadline.cancel()
-        super().connection_lost(exc)
-
-    def heard(self) -> None:
-        """The first request is there."""
-        self._deadline.cancel()
-
-    def handle_error(
-        self,
-        request: web.BaseRequest,
-        status: int = 500,
-        exc: BaseException | None = None,
-        message: str | None = None,
-    ) -> web.StreamResponse:
-        if status >= 500 or request.writer.output_size > 0:
-            return super().handle_error(request, status, exc, message)
-        # aiohttp would log a traceback for each: whoever sends garbage could fill the disk.
-        log.debug("request.malformed", extra={"remote": request.remote, "error": repr(exc)[:200]})
-        answer = problem(request, status, (message or "not HTTP").strip().split("\n")[0][:200])
-        answer.force_close()
-        return answer
-
-    def log_exception(self, *args: Any, **options: Any) -> None:
-        # A body that breaks off is the client's doing and has been answered.
-        if not isinstance(options.get("exc_info"), web.RequestPayloadError):
-            super().log_exception(*args, **options)
-
-    async def finish_response(
-        self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
-    ) -> tuple[web.StreamResponse, bool]:
-        if resp.status >= 400 and resp.content_type != PROBLEM and not resp.prepared:
-            bare, resp = resp, problem(request, resp.status, _plain_text(resp))
-            if not bare.keep_alive:
-                resp.force_close()
-        return await super().finish_response(request, resp, start_time)
-
-
-def _plain_text(resp: web.StreamResponse) -> str:
-    if resp.status >= 500:
-        return "internal error"
-    text = resp.text if isinstance(resp, web.Response) else None
-    return (text or resp.reason).strip().split("\n")[0][:200]

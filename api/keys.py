@@ -10,7 +10,7 @@ from aiohttp import web
 
 from core4.actions import ActionStore
 from core4.api.hub import Hub
-from core4.api.throttle import Seats, SignIns, Throttle
+from core4.api.throttle import Seats, SignIns, Throttle, Turns
 from core4.catalogue import Catalogue
 from core4.changes import ChangeFeed
 from core4.config import Settings
@@ -45,6 +45,7 @@ USERS = web.AppKey("users", UserStore)
 SIGN_INS = web.AppKey("sign_ins", SignIns)
 REQUESTS = web.AppKey("requests", Throttle)
 SEATS = web.AppKey("seats", Seats)
+TURNS = web.AppKey("turns", Turns)
 HUB = web.AppKey("hub", Hub)
 # Lets whoever knows it in over this machine's own address, as LOCAL_USER with every right.
 LOCAL_SECRET = web.AppKey("local_secret", str)

@@ -19,9 +19,8 @@ from core4.results import has_ended
 
 log = logging.getLogger(__name__)
 
-STALLED = 30.0  # seconds after which a reader who takes nothing is cut
 CHUNK = 65_536  # bytes written at once
-ROOM = 32_768  # bytes that a connection takes before its writers have to wait
+ROOM = 32_768  # bytes that are sent to a connection without waiting for it
 RETRY = b"retry: 3000\n\n"
 
 
@@ -95,7 +94,6 @@ def _response(request: web.Request, job_id: ObjectId) -> EventSourceResponse:
         sep="\n",
         allow_all_methods=True,  # POST job and PUT job/restart stream, too
         ping_interval=request.app[SETTINGS].sse_ping,
-        send_timeout=STALLED,
     )
     # The end of the connection is the end of the stream for readers that know no events.
     response.headers["Connection"] = "close"
@@ -121,11 +119,11 @@ class _Sender:
         begin = RETRY
         while frames := await self._follower.next(self._push):
             for chunk in self._chunks(frames):
-                await self._write(begin + chunk)
+                await self._response.write(begin + chunk)
                 begin = b""
             self._count(frames)
         counts = {"state": self._states, "log": self._logs}
-        await self._write(begin + close_frame(self._cursor, counts))
+        await self._response.write(begin + close_frame(self._cursor, counts))
 
     def _push(self, frames: Sequence[Frame]) -> bool:
         """Send what came if the connection takes it at once, see `Follower.next`."""
@@ -153,19 +151,6 @@ class _Sender:
             elif self._with_states:
                 self._states += 1
         self._cursor = self._follower.cursor
-
-    async def _write(self, data: bytes) -> None:
-        if self._transport.get_write_buffer_size() + len(data) < ROOM:  # the loop takes it without waiting
-            await self._response.write(data)
-            return
-        try:
-            async with asyncio.timeout(STALLED):
-                await self._response.write(data)
-        except TimeoutError:
-            peer = self._transport.get_extra_info("peername")
-            log.warning("stream.stalled", extra={"remote": str(peer)})
-            self._transport.abort()
-            raise
 
 
 def _pieces(frames: Sequence[Frame], cursor: Cursor, live: bool, *, states: bool) -> Iterator[bytes]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable
 from time import monotonic
+from weakref import WeakValueDictionary
 
 from core4.errors import TooManyRequests, Unavailable
 
@@ -122,6 +124,21 @@ class Seats:
         """Have one within the block. Raises: as `check`."""
         self.check(user, **facts)
         return _Seat(self._taken, user)
+
+
+class Turns:
+    """Who asks for much at a time waits for himself: so many large answers of one user are under way."""
+
+    def __init__(self, per_user: int) -> None:
+        self._per_user = per_user
+        self._users: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
+
+    def of(self, user: str) -> asyncio.Semaphore:
+        """What to enter for one more."""
+        turns = self._users.get(user)
+        if turns is None:
+            turns = self._users[user] = asyncio.Semaphore(self._per_user)
+        return turns
 
 
 class _Seat:

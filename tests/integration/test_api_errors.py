@@ -20,7 +20,7 @@ from urllib.parse import quote
 import pytest
 from bson import ObjectId
 
-from core4.api import arguments, errors
+from core4.api import arguments, connections
 from core4.api.keys import BASE
 from core4.config import Settings
 from core4.database import Database
@@ -397,7 +397,7 @@ async def test_a_body_that_does_not_come(api: Api, monkeypatch: pytest.MonkeyPat
 
 async def test_a_head_that_does_not_come(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever connects and never asks is cut; who has asked once may ask again later."""
-    monkeypatch.setattr(errors, "HEAD_TIME", 0.5)
+    monkeypatch.setattr(connections, "HEAD_TIME", 0.5)
     whole = b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n"
     silent, slow, asking = [await asyncio.open_connection("127.0.0.1", api.port) for _ in range(3)]
     slow[1].write(whole[:30])

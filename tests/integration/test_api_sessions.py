@@ -314,4 +314,5 @@ async def test_a_page_of_any_origin_cannot_use_what_the_browser_remembers(
     ("site", "status"), [("same-origin", 200), ("none", 200), ("same-site", 403), ("cross-site", 403)]
 )
 async def test_a_browser_that_holds_the_origin_back(api: Api, site: str, status: int) -> None:
-    assert (await api.call("POST", "/ticket", headers={"Sec-Fetch-Site": site})).status == status
+    for method, path in (("POST", "/ticket"), ("GET", "/login")):
+        assert (await api.call(method, path, headers={"Sec-Fetch-Site": site})).status == status

@@ -17,7 +17,7 @@ import aiohttp
 import pytest
 from bson import ObjectId
 
-from core4.api import hub, streams
+from core4.api import connections, hub, streams
 from core4.api.keys import BASE
 from core4.config import Settings
 from core4.database import Database
@@ -505,7 +505,8 @@ async def test_a_stalled_follower_is_cut(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Who takes nothing is cut, holds up nobody, and can go on where he stopped."""
-    monkeypatch.setattr(streams, "STALLED", 0.3)
+    monkeypatch.setattr(connections, "STALLED", 0.3)
+    monkeypatch.setattr(connections, "LOOK", 0.1)
     async with serving(settings, database) as api:
         job_id = await api.enqueue()
         # A small window, so that the kernel does not take the whole log for him.
