@@ -65,6 +65,7 @@ _CATALOGUE_ROW = (
 )
 _SHOWN = 20  # prerequisites that a blocked job's document names
 _LOG_ORDER = {"_id", "created", "epoch", "seq"}
+_LOG_DIGITS = 18  # of a number that the database can hold
 
 
 # ---------------------------------------------------------------------- enqueue
@@ -345,22 +346,37 @@ async def follow(request: web.Request, args: Args) -> web.StreamResponse:
 
 
 async def log_lines(request: web.Request, args: Args) -> web.StreamResponse:
-    """GET job/log/<_id>: a page of the job's log, or with `follow` its stream."""
+    """GET job/log/<_id>: a page of the job's log, by number or cursor, or with `follow` its stream."""
     job_id = await _readable(request)
     if args["follow"]:
         return await follow_job(request, job_id, states=False, last_event_id=args["last_event_id"])
-    page = await _log_page(request, job_id, args)
-    return page_reply(request, page, page.rows)
-
-
-async def _log_page(request: web.Request, job_id: ObjectId, args: Args) -> Page:
-    descending = _log_descending(args["sort"])
+    descending, per_page = _log_descending(args["sort"]), args["per_page"]
     query = compile_filter(args["filter"], LOG_FIELDS, args=False)
     # Without an index on lines they are filtered here and not in the database.
     keep = (lambda line: matches(query.where, line)) if query.where else None
-    return await request.app[LOGS].page(
-        job_id, page=args["page"], per_page=args["per_page"], descending=descending, keep=keep
-    )
+    logs = request.app[LOGS]
+    if args["cursor"] is None:
+        page = await logs.page(job_id, page=args["page"], per_page=per_page, descending=descending, keep=keep)
+        return page_reply(request, page, page.rows)
+    after = _log_cursor(args["cursor"], descending=descending)
+    rows = await logs.tail(job_id, after, limit=per_page + 1, keep=keep)
+    page = Page(rows[:per_page], 0, 0, per_page, counted=False)
+    following = str(page.rows[-1]["seq"]) if len(rows) > per_page else None
+    return page_reply(request, page, page.rows, next=following)
+
+
+def _log_cursor(text: str, *, descending: bool) -> int:
+    """The number of the last line that somebody has read.
+
+    Raises: BadRequest.
+    """
+    if descending:
+        raise BadRequest("parameter [cursor] of a log goes with ascending lines only")
+    if not text:
+        return 0
+    if len(text) > _LOG_DIGITS or not (text.isascii() and text.isdigit()):
+        raise BadRequest("parameter [cursor] expected [next] of an answer with the same sort")
+    return int(text)
 
 
 def _log_descending(sort: list[Any]) -> bool:

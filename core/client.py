@@ -74,6 +74,8 @@ class ApiError(ClientError):
     `retry_after` are the seconds after which it may be asked again, if it is only too busy now.
     """
 
+    HINT = "Set CORE4_USER and CORE4_PASSWORD, or CORE4_TOKEN."
+
     def __init__(
         self, status: int, detail: str, body: Document | None = None, headers: Mapping[str, str] | None = None
     ) -> None:
@@ -82,6 +84,9 @@ class ApiError(ClientError):
         self.body = body or {}
         said = (headers or {}).get("Retry-After", "")
         self.retry_after = float(said) if status in BUSY and said.isascii() and said.isdigit() else None
+
+    def __str__(self) -> str:
+        return f"{self.detail}\n{self.HINT}" if self.status == 401 else self.detail
 
     @property
     def code(self) -> str:
@@ -534,7 +539,7 @@ class Client:
         return self._page("job/journal", query)
 
     def log(self, job_id: str, **query: Any) -> Page:
-        """Lines that a job wrote. `query`: page, per_page, filter, sort."""
+        """Lines that a job wrote. `query`: page or cursor, per_page, filter, sort."""
         return self._page(f"job/log/{quote(job_id, safe='')}", query)
 
     def workers(self, *, status: str | None = None, filter: Mapping[str, Any] | None = None) -> Documents:

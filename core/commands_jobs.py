@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -27,6 +28,8 @@ from core4.display import OUTCOMES, line_text, watch
 
 if TYPE_CHECKING:
     from core4.client import Client, Page
+
+Rows = list[dict[str, Any]]
 
 LEVELS = {"DEBUG": 10, "INFO": 20, "WARNING": 30, "ERROR": 40, "CRITICAL": 50}
 MOST_ROWS = 500  # of one page of the API
@@ -214,20 +217,25 @@ def log(job_id: str, level: str | None, tail: int | None, output: str) -> None:
       core4 job log 6720f1c0a1b2c3d4e5f60718 --level WARNING -o json
     """
     where = {"levelno": {"gte": LEVELS[level.upper()]}} if level else None
-    order = [["_id", -1 if tail else 1]]
     with connect() as client:
-        lines = _all(
-            lambda page: client.log(
-                job_id, page=page, per_page=min(tail or MOST_ROWS, MOST_ROWS), filter=where, sort=order
-            ),
-            limit=tail,
-        )
-    lines = lines[::-1] if tail else lines
-    if output == "json":
-        echo_json(lines)
-        return
-    for line in lines:
-        click.echo(line_text(line))
+        if tail:
+            pages = iter([_last_lines(client, job_id, tail, where)])
+        else:
+            pages = _behind_each_other(partial(client.log, job_id, per_page=MOST_ROWS, filter=where))
+        if output == "json":
+            echo_json([line for lines in pages for line in lines])
+            return
+        for line in itertools.chain.from_iterable(pages):
+            click.echo(line_text(line))
+
+
+def _last_lines(client: Client, job_id: str, count: int, where: Mapping[str, Any] | None) -> Rows:
+    newest: dict[str, Any] = {
+        "per_page": min(count, MOST_ROWS),
+        "filter": where,
+        "sort": [["_id", -1]],
+    }
+    return _all(lambda page: client.log(job_id, page=page, **newest), limit=count)[::-1]
 
 
 @job.command()
@@ -360,16 +368,25 @@ def _query(options: Mapping[str, Any], sort: Any) -> dict[str, Any]:
 
 
 def _counted(page: Page) -> str:
-    return f"{len(page)} more jobs" if page.total is None else f"{page.total} jobs"
+    return f"{len(page)} jobs here" if page.total is None else f"{page.total} jobs"
 
 
 def _more(page: Page) -> str:
     return f"; go on with --cursor {page.next}" if page.next else ""
 
 
-def _all(fetch: Callable[[int], Page], limit: int | None = None) -> list[dict[str, Any]]:
+def _behind_each_other(fetch: Callable[..., Page]) -> Iterator[Rows]:
+    """The rows page by page: each is read behind the one before it."""
+    cursor: str | None = ""
+    while cursor is not None:
+        page = fetch(cursor=cursor)
+        yield page.rows
+        cursor = page.next
+
+
+def _all(fetch: Callable[[int], Page], limit: int | None = None) -> Rows:
     """The rows of all pages, or the first `limit` of them."""
-    rows: list[dict[str, Any]] = []
+    rows: Rows = []
     for number in itertools.count():
         page = fetch(number)
         rows += page.rows
@@ -454,7 +471,7 @@ def _details(found: Mapping[str, Any]) -> dict[str, Any]:
         "started": moment(found.get("started_at")),
         "finished": moment(found.get("finished_at")),
         "runtime": found.get("runtime"),
-        "worker": holder.get("worker"),
+        "worker": holder.get("worker") or _last_worker(found),
         "only on": found.get("worker"),
         "flags": ", ".join(name for name, is_set in (found.get("flag") or {}).items() if is_set),
         "parent": enqueued.get("parent_id"),
@@ -465,6 +482,11 @@ def _details(found: Mapping[str, Any]) -> dict[str, Any]:
         "traceback": "".join(error.get("traceback") or []).rstrip() or None,
     }
     return {name: value for name, value in details.items() if value not in (None, "")}
+
+
+def _last_worker(found: Mapping[str, Any]) -> str | None:
+    """Who ran it last."""
+    return next((line["worker"] for line in reversed(found.get("history") or ()) if line.get("worker")), None)
 
 
 def why_waiting(found: Mapping[str, Any], workers: Sequence[Mapping[str, Any]], now: datetime) -> list[str]:

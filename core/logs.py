@@ -69,15 +69,23 @@ class LogStore:
                 raise
 
     async def tail(
-        self, job_id: ObjectId, after: int, *, limit: int = 1000, size: int | None = None
+        self,
+        job_id: ObjectId,
+        after: int,
+        *,
+        limit: int = 1000,
+        size: int | None = None,
+        keep: Callable[[Document], bool] | None = None,
     ) -> list[Document]:
-        """Up to `limit` lines with numbers above `after`, in order; empty at the end.
+        """Up to `limit` lines with numbers above `after`, of those to `keep`, in order; empty at the end.
 
         With `size` the line that brings their texts to so many characters is the last one.
         """
         found: list[Document] = []
         characters = 0
         async for line in self._lines(job_id, after):
+            if keep is not None and not keep(line):
+                continue
             found.append(line)
             characters += text_size(line)
             if len(found) >= limit or (size is not None and characters >= size):

@@ -320,8 +320,8 @@ class SearchArguments(PageArguments):
     )
 
 
-class JobListArguments(SearchArguments):
-    """Which jobs: a page by its number, or what follows behind a cursor."""
+class CursorArguments(Schema):
+    """What follows behind a cursor, instead of a page by its number."""
 
     cursor = Text(allow_none=True, load_default=None)
 
@@ -329,6 +329,10 @@ class JobListArguments(SearchArguments):
     def _one_of_both(self, data: Mapping[str, Any], **_: Any) -> None:
         if data["cursor"] is not None and data["page"]:
             raise ValidationError("parameter [cursor] stands for [page]: give one of them", "cursor")
+
+
+class JobListArguments(SearchArguments, CursorArguments):
+    """Which jobs: a page by its number, or what follows behind a cursor."""
 
 
 class BulkArguments(Arguments):
@@ -591,8 +595,8 @@ class StreamArguments(Arguments):
     ticket = Text(load_default="")
 
 
-class LogArguments(PageArguments):
-    """Lines of a log: a page of them or the stream."""
+class LogArguments(PageArguments, CursorArguments):
+    """Lines of a log: a page of them, what follows behind a cursor, or the stream."""
 
     follow = Bool(load_default=False)
     last_event_id = Text(load_default="")

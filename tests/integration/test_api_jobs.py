@@ -344,6 +344,36 @@ async def test_log_pages(api: Api, runner: Runner) -> None:
     assert (await api.call("GET", f"/job/log/{job_id}", json={"sort": [["message", 1]]})).status == 400
 
 
+async def test_log_by_cursor(api: Api, runner: Runner) -> None:
+    """Each answer leads to the lines behind it, of all or of those to keep, and nothing is counted."""
+    job_id = await api.enqueue()
+    attempt = await runner.start()
+    for start in range(0, 90, 30):
+        await attempt.log(*(f"line {n}" for n in range(start, start + 30)))
+        await attempt.log(f"alas {start}", level="ERROR")
+
+    async def told(**query: Any) -> list[list[str]]:
+        found: list[list[str]] = []
+        cursor: str | None = ""
+        while cursor is not None:
+            answer = await api.call("GET", f"/job/log/{job_id}", json={"cursor": cursor, **query})
+            assert (answer.body["total_count"], answer.body["page_count"]) == (None, None)
+            found.append([row["message"] for row in answer.data])
+            cursor = answer.body["next"]
+        return found
+
+    parts = await told(per_page=31)
+    assert [len(part) for part in parts] == [31, 31, 31]
+    assert [line for part in parts for line in part if line.startswith("line")] == [
+        f"line {n}" for n in range(90)
+    ]
+    assert await told(per_page=2, filter={"level": "ERROR"}) == [["alas 0", "alas 30"], ["alas 60"]]
+    for bad in ({"cursor": "x"}, {"cursor": "9" * 19}, {"cursor": "-1"}, {"cursor": "1", "page": 1}):
+        assert (await api.call("GET", f"/job/log/{job_id}", json=bad)).status == 400
+    back = {"cursor": "", "sort": [["_id", -1]]}
+    assert "ascending" in (await api.call("GET", f"/job/log/{job_id}", json=back)).body["detail"]
+
+
 @pytest.mark.row("S43")
 async def test_kill_of_a_waiting_job(api: Api, runner: Runner) -> None:
     """It is killed at once; twice is no error and no change."""
