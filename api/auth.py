@@ -12,9 +12,9 @@ from aiohttp import web
 from core4 import handshake
 from core4.api.addresses import client_address, neighbourhood
 from core4.api.keys import EVENTS, LOCAL_SECRET, LOCAL_USER, SIGN_INS, TOKEN, TOKEN_TEXT, USERS
-from core4.config import is_loopback
+from core4.config import DEFAULT_USER, is_loopback
 from core4.errors import Unauthenticated
-from core4.users import DEFAULT_USER, User
+from core4.users import User
 
 COOKIE = "token"
 _SAFE = ("GET", "HEAD")

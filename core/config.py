@@ -32,6 +32,8 @@ PREFIX = "CORE4_"
 TEST_PREFIX = "CORE4_TEST_"  # left to test suites
 WORKER_TYPES = ("inprocess", "subprocess", "tmux")
 MIB = 1024 * 1024
+# As in the job API's document; made by `core4 up` on a loopback address only.
+DEFAULT_USER = ("admin", "hans")
 
 # Variables of the client library and the command line; they are no settings of a daemon.
 OTHER_VARIABLES: Mapping[str, str] = {
@@ -610,7 +612,8 @@ class Setting:
 
     def complaint(self, source: str, value: Any) -> str:
         """What is wrong with `value` from `source`, in words."""
-        shown = mask_url(str(value)) if self.secret else str(value)
+        text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+        shown = mask_url(text) if self.secret else text
         unit = f" ({self.unit})" if self.unit and self.unit not in self.accepts else ""
         return f"{source} is {shown!r:.200}, expected {self.accepts}{unit}"
 
@@ -679,7 +682,8 @@ def _from_file(path: Path, problems: list[str]) -> _Layer:
     return layer
 
 
-_SHORT = {f"worker_{name}": name for name in ("name", "nr", "timeout", "debug")}  # as `core4 worker` has them
+# As `core4 worker` has them.
+_SHORT = {f"worker_{name}": name for name in ("name", "nr", "timeout", "debug")} | {"namespaces": "namespace"}
 
 
 def _from_command_line(overrides: Mapping[str, Any], problems: list[str]) -> _Layer:

@@ -45,10 +45,10 @@ def connect() -> Client:
     That stack's default user is known to everybody, so it need not be typed.
     """
     from core4.client import Client
-    from core4.stack import running_stack
-    from core4.users import DEFAULT_USER
+    from core4.config import DEFAULT_USER
+    from core4.running import running_stack
 
-    given = bool(os.environ.get("CORE4_USER") or os.environ.get("CORE4_TOKEN"))
+    given = any(map(os.environ.get, ("CORE4_USER", "CORE4_TOKEN", "CORE4_PASSWORD")))
     stack = None if os.environ.get("CORE4_URL") else running_stack(load_settings().home)
     url = str(stack["url"]) if stack else None
     if not given and stack and stack["default_user"]:

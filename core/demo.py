@@ -12,13 +12,12 @@ from typing import Any
 import click
 
 from core4.client import Client
-from core4.config import Settings
+from core4.config import DEFAULT_USER, Settings
 from core4.console import console, show_rows
 from core4.display import watch
 from core4.errors import ConfigError
 from core4.examples import AccessLogReport
 from core4.stack import Interrupted, Stack, interruptible
-from core4.users import DEFAULT_USER
 
 NEXT_STEPS = """\
 That was: a database, an API and a worker started, a job enqueued over HTTP and followed to its end.

@@ -19,21 +19,21 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import IO, Any
+from typing import IO
 
 import psutil
 import requests
 
 from core4.brokers import require
-from core4.config import Settings, is_loopback, without_settings
+from core4.config import DEFAULT_USER, Settings, is_loopback, without_settings
 from core4.database import Database
 from core4.embedded import EmbeddedServer, write_private
 from core4.errors import ConfigError, Core4Error
+from core4.running import STATE_FILE
 from core4.service import end, hide_memory, spawn, tail_of
-from core4.users import DEFAULT_USER, UserStore
+from core4.users import UserStore
 
 EXAMPLES = "core4.examples"
-STATE_FILE = "stack.json"
 
 READY_TIMEOUT = 60.0
 LOOK = 0.25  # seconds between two looks at the processes
@@ -259,16 +259,6 @@ class Stack:
         if self._database:
             write_private(self.settings.home / STATE_FILE, json.dumps(state))
             self._told = True
-
-
-def running_stack(home: Path) -> dict[str, Any] | None:
-    """What the stack that runs on `home` says about itself (`url`, `default_user`); None if none runs."""
-    try:
-        state: dict[str, Any] = json.loads((home / STATE_FILE).read_text())
-        alive = abs(psutil.Process(state["pid"]).create_time() - state["create_time"]) < 1.0
-    except (OSError, ValueError, TypeError, KeyError, psutil.Error):
-        return None
-    return state if alive else None
 
 
 def _is_any(host: str) -> bool:

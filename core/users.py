@@ -39,10 +39,6 @@ INDEXES = {
     ),
 }
 
-DEFAULT_USER = (
-    "admin",
-    "hans",
-)  # as in the job API's document; made by `core4 up` on a loopback address only
 NAME = re.compile(r"[A-Za-z0-9._@+-]{1,100}")
 PASSWORD_BYTES = 72  # bcrypt reads no more
 REMEMBER = 60.0  # seconds a right password is not checked again

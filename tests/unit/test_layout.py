@@ -34,7 +34,7 @@ LAYERS = (
     ("sides", "api worker"),
     (
         "doors",
-        "manager timers cli stack client handles callers callers_async console display demo __main__ "
+        "manager timers cli stack running client handles callers callers_async console display demo __main__ "
         "commands_authors commands_batch commands_bulk commands_control commands_doctor commands_events "
         "commands_functions commands_jobs commands_returns commands_schedules commands_workers "
         "pool tmux workers",
@@ -51,6 +51,11 @@ SLIM = (
     "core4.scripts",
     "core4.worker.launcher",
     "core4.worker.process",
+    # What the command line loads to ask the API.
+    "core4.cli",
+    "core4.client",
+    "core4.display",
+    "core4.running",
 )
 
 
