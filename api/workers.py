@@ -98,6 +98,12 @@ def _names(names: list[Any]) -> None:
         raise ValidationError("a list of names is expected")
 
 
+def _broken(texts: list[Any]) -> None:
+    if len(texts) > 100:
+        raise ValidationError("at most 100 are expected")
+    _names(texts)
+
+
 def _rooms(rooms: dict[str, Any]) -> None:
     _names(list(rooms))
     if not all(type(room) is int and 0 <= room < 2**31 for room in rooms.values()):
@@ -148,9 +154,10 @@ class Entries(Arguments):
 
 
 class Names(Arguments):
-    """The jobs that it runs."""
+    """The jobs that it runs, and what is wrong with those of its files that it cannot use."""
 
     jobs = _must(List, validate=_names)
+    broken = List(load_default=list, validate=_broken)
 
 
 class Beat(Arguments):
@@ -366,7 +373,7 @@ async def publish(request: web.Request, args: Args) -> None:
 
 async def serve(request: web.Request, args: Args) -> None:
     """Say anew what it runs."""
-    await request.app[WORKERS].serve(_owner(request[WORKER]), args["jobs"])
+    await request.app[WORKERS].serve(_owner(request[WORKER]), args["jobs"], broken=args["broken"])
 
 
 async def beat(request: web.Request, args: Args) -> bool:

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+SHORT_PASSWORD = 8  # characters; below it is a warning
 BROKEN_PIPE = 141  # what a shell reports for a program that SIGPIPE ended
 DETACHED = 130
 
@@ -75,8 +76,7 @@ def _unreachable(error: Exception) -> int | None:
     if isinstance(error, Unreachable):
         echo_error(str(error))
     elif isinstance(error, ApiError):
-        hint = "\nSet CORE4_USER and CORE4_PASSWORD, or CORE4_TOKEN." if error.status == 401 else ""
-        echo_error(error.detail + hint)
+        echo_error(str(error))
         return USAGE if error.status < 500 else UNREACHABLE
     elif isinstance(error, PyMongoError):
         echo_error(f"the database does not answer: {masked(str(error))[:200]}\nSee CORE4_MONGO_URL.")
@@ -319,6 +319,15 @@ def _operator() -> str:
 
 
 def _new_password(name: str) -> str:
+    found = _given_password(name)
+    if len(found) < SHORT_PASSWORD:
+        click.echo(
+            f"Warning: {len(found)} characters are guessed soon; take {SHORT_PASSWORD} or more", err=True
+        )
+    return found
+
+
+def _given_password(name: str) -> str:
     given = os.environ.get("CORE4_NEW_PASSWORD")
     if given:
         return given

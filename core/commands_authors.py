@@ -81,6 +81,8 @@ def init(file: Path, subprocess: bool) -> None:
             out.write((SUBPROCESS_FILE if subprocess else FIRST_JOB).format(file=file, name=file.stem))
     except FileExistsError:
         raise click.UsageError(f"{file} exists; it is left as it is") from None
+    except FileNotFoundError:
+        raise click.UsageError(f"there is no folder {file.parent}: make it first") from None
     except OSError as error:
         raise click.UsageError(f"{file}: {(error.strerror or str(error)).lower()}") from None
     click.echo(f"{file} is written. Next:\n{(_next_of_file if subprocess else _next_of_jobs)(file)}")
@@ -107,7 +109,9 @@ def _next_of_jobs(file: Path) -> str:
 @click.option("-m", "--module", "modules", multiple=True, help="Module or file with the job; repeatable.")
 @click.option("--debug", is_flag=True, help="Open the debugger where the job fails.")
 def run(name: str, args: tuple[str, ...], modules: tuple[str, ...], debug: bool) -> int:
-    """Run a job here and now, in the foreground, without database or server.
+    """Run a job class here and now, in the foreground, without database or server.
+
+    A task is a function: call it in Python.
 
     \b
     Examples:
@@ -119,13 +123,15 @@ def run(name: str, args: tuple[str, ...], modules: tuple[str, ...], debug: bool)
 
     # As for `python FILE`; at the end, so that a file here hides nobody else's module.
     sys.path.append(str(Path.cwd()))
-    job_class = resolve(name, load_settings(jobs=modules).jobs)
+    job_class, given = resolve(name, load_settings(jobs=modules).jobs), arguments(args)
     logging.getLogger().setLevel(logging.INFO)
     try:
-        outcome = run_job(job_class, arguments(args), debug=debug, on_log=_show_record)
+        outcome = run_job(job_class, given, debug=debug, on_log=_show_record)
     except Core4Error:
         raise
     except Exception as error:
+        if not debug:
+            raise
         traceback.print_exception(error)
         pdb.post_mortem(error.__traceback__)
         return 1

@@ -6,13 +6,26 @@ from typing import Any
 
 import click
 
-from core4.console import JSON_OPTION, connect, json_value, moment, show_rows
+from core4.console import JSON_OPTION, connect, json_value, moment, parse_time, show_rows
 
 _STATES = ("pending", "running", "failed", "deferred", "error", "killed", "inactive")
 _PAGE = click.option("--page", type=int, default=0, show_default=True, help="Page; -1 is the last one.")
 _PER_PAGE = click.option("--per-page", type=click.IntRange(1, 500), default=50, show_default=True)
-_SINCE = click.option("--since", metavar="TIME", help="From this time on, as 2026-01-31T12:00 in UTC.")
-_UNTIL = click.option("--until", metavar="TIME", help="Up to this time.")
+
+
+def _time(context: click.Context, option: click.Parameter, text: str | None) -> str | None:
+    if text is not None:
+        try:
+            parse_time(text)
+        except ValueError:
+            raise click.BadParameter(f"{text!r} is no time like 2026-01-31T12:00") from None
+    return text
+
+
+_SINCE = click.option(
+    "--since", metavar="TIME", callback=_time, help="From this time on, as 2026-01-31T12:00 in UTC."
+)
+_UNTIL = click.option("--until", metavar="TIME", callback=_time, help="Up to this time.")
 
 
 @click.command()

@@ -266,7 +266,7 @@ def _shown(row: Mapping[str, Any]) -> Mapping[str, Any]:
         *(["gate"] if row.get("gate") else []),
         *(["ending"] if row["state"] == "drain" else []),
     ]
-    said = row.get("error") or row.get("gate")
+    said = row.get("error") or row.get("gate") or "; ".join(row.get("broken") or ())
     return {
         **row,
         "status": ", ".join([row["status"], *marks]),

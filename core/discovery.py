@@ -162,27 +162,36 @@ def resolve(name: str, targets: Iterable[str] = ()) -> type[CoreJob]:
     Raises: UnknownModule, UnknownName, NotAClass, NotAJob, AbstractJob, MissingAuthor, JobInvalid; what is
     wrong with the module itself is raised as JobInvalid with its error as the cause.
     """
-    published = load([*targets, *BUILT_IN]).classes.get(name)
-    if published is not None:
-        return published
+    found = load([*targets, *BUILT_IN])
+    if name in found.classes:
+        return found.classes[name]
+    if any(entry["_id"] == name for entry in found.entries):
+        raise _no_class(name)
     module_name, _, class_name = name.rpartition(".")
-    if not module_name:
-        raise UnknownModule(f"[{name}] is not of the form MODULE.CLASS")
+    if not module_name or ":" in name:
+        hint = "; name its file with -m FILE.py" if ".py" in name else ""
+        raise UnknownModule(f"[{name}] is not of the form MODULE.CLASS{hint}")
     try:
         module = import_target(module_name)
     except UnknownModule:
         raise
     except _IMPORT_ERRORS as error:
         raise JobInvalid(f"module [{module_name}] cannot be imported: {safe_repr(error)}") from error
-    found = getattr(module, class_name, None)
-    if found is None:
+    named = getattr(module, class_name, None)
+    if named is None:
         raise UnknownName(f"module [{module_name}] has no [{class_name}]")
-    if not isinstance(found, type):
-        raise NotAClass(f"[{name}] is no class but {type(found).__name__}")
-    if not issubclass(found, CoreJob):
+    if isinstance(named, Task):
+        raise _no_class(name)
+    if not isinstance(named, type):
+        raise NotAClass(f"[{name}] is no class but {type(named).__name__}")
+    if not issubclass(named, CoreJob):
         raise NotAJob(f"[{name}] does not derive from CoreJob")
-    require_runnable(found)
-    return found
+    require_runnable(named)
+    return named
+
+
+def _no_class(name: str) -> NotAClass:
+    return NotAClass(f"[{name}] is a task: call it in Python as the function that it is, or enqueue it")
 
 
 def locate(entry: Mapping[str, Any]) -> Runnable:

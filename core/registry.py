@@ -26,7 +26,13 @@ INDEXES = {
     )
 }
 
-_UNSAID: Mapping[str, Any] = {"label": "-", "type": "inprocess", "debug": False, "timeout": None}
+_UNSAID: Mapping[str, Any] = {
+    "label": "-",
+    "type": "inprocess",
+    "debug": False,
+    "timeout": None,
+    "broken": [],
+}
 LIVING = ["new", "up", "drain"]
 LOADING = 60.0  # seconds that a worker may need to load its jobs before it counts as dead
 RETRIES = 100  # of one announcement, if others take the same number
@@ -151,9 +157,19 @@ class WorkerRegistry:
         )
         return bool(result.matched_count)
 
-    async def serve(self, owner: Owner, jobs: Sequence[str], namespaces: Sequence[str] | None = None) -> None:
-        """Say anew which jobs this worker runs, and in which namespaces if those may have changed."""
-        fields = {"jobs": list(jobs), **({"namespaces": list(namespaces)} if namespaces else {})}
+    async def serve(
+        self,
+        owner: Owner,
+        jobs: Sequence[str],
+        namespaces: Sequence[str] | None = None,
+        broken: Sequence[str] = (),
+    ) -> None:
+        """Say anew which jobs this worker runs, and in which namespaces if those may have changed.
+
+        `broken` says of each file that cannot be used why.
+        """
+        fields = {"jobs": list(jobs), "broken": list(broken)}
+        fields |= {"namespaces": list(namespaces)} if namespaces else {}
         await self._workers.update_one({"_id": owner.id}, {"$set": fields})
 
     async def leave(self, owner: Owner) -> None:

@@ -99,8 +99,10 @@ class Backend(Protocol):
     async def publish(self, owner: Owner, entries: Sequence[Mapping[str, Any]]) -> None:
         """Store what a worker can run, and its schedules."""
 
-    async def serve(self, owner: Owner, jobs: Sequence[str], namespaces: Sequence[str]) -> None:
-        """Say anew which jobs this worker runs, in which namespaces."""
+    async def serve(
+        self, owner: Owner, jobs: Sequence[str], namespaces: Sequence[str], broken: Sequence[str]
+    ) -> None:
+        """Say anew which jobs this worker runs, in which namespaces, and which files are broken."""
 
     async def beat(
         self, owner: Owner, *, running: int, draining: bool, gate: str | None, paused: bool

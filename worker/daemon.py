@@ -11,7 +11,7 @@ import socket
 import time
 import uuid
 from collections import Counter
-from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -25,6 +25,7 @@ from core4.changes import QUIET, Change, Lookout
 from core4.claims import Claimed, stir
 from core4.config import Settings
 from core4.controls import CONTROL, Controls, Stop
+from core4.discovery import Problem
 from core4.errors import JobInvalid, LeaseLost
 from core4.functions import SERVES
 from core4.jobs import Job, Kind, Owner
@@ -49,6 +50,7 @@ GATE_EVERY = 1.0  # seconds between two looks at the machine's load
 IDLE_BEATS = 6  # heartbeats for each look at what this worker holds while it should hold nothing
 RELOAD_EVERY = 1.0  # seconds between two looks at the job files
 SHORT_GRACE = 2.0  # seconds between TERM and KILL when the worker has to go
+BROKEN_MOST, BROKEN_TEXT = 20, 300  # files that others are told of as broken, and characters of each
 LAST_WORDS = 5.0  # seconds for what is written at the very end
 _REFUSALS = 10_000  # jobs whose refusals are counted
 _LAST_DELAY = 60.0  # seconds until a job that was refused again and again is due again
@@ -81,6 +83,7 @@ class Worker:
         self._slots = Slots(settings.slots or len(os.sched_getaffinity(0)) * 2, self._on_room)
         self._watch = Watch(backend, settings.poll)
         self._loaded = Loaded()
+        self._problems: Sequence[Problem] = ()  # of the files as they are now
         self._gate = Gate(settings.max_cpu, settings.min_free_ram)
         self._identity: dict[str, Any] = {}  # of every line that is logged from here on
         self._owners: set[str] = set()  # all that this process has been
@@ -203,6 +206,8 @@ class Worker:
         await self._insist(self._backend.prepare)
         await self._insist(lambda: self._empty_handed(self._note_start))
         self._adopt(*await load_all(self._launcher, self._settings, self._settings.jobs))
+        if self._loaded.problems and not self._loaded.entries and not self._settings.reload:
+            raise JobInvalid(f"no job can be loaded: {'; '.join(self._broken())}")
         await self._insist(lambda: self._empty_handed(self._publish))
         await self._insist(lambda: self._empty_handed(self._register))
 
@@ -233,6 +238,8 @@ class Worker:
             jobs=self._served(),
         )
         self._registered, self._renewed = owner, sent
+        if self._problems:
+            await self._serve()
 
     async def _insist(self, step: Callable[[], Awaitable[None]]) -> None:
         """Repeat a step until the database has done it."""
@@ -674,12 +681,10 @@ class Worker:
             self._hosts.retire()
         self._launcher, self._loaded = launcher, self._with_local(loaded)
         loaded = self._loaded
+        self._problems = loaded.problems
         self._foreign.clear()
         self._launchable.set()
-        for problem in loaded.problems:
-            # The exception carries the text, so that it is shown as a traceback is.
-            shown = JobInvalid("".join(problem.traceback)) if problem.traceback else None
-            log.error("jobs.broken", extra={"target": problem.target, "error": problem.error}, exc_info=shown)
+        _complain(loaded.problems)
         for entry in loaded.entries.values():
             log.info("jobs.loaded", extra={"job": entry["_id"], "fresh": entry["fresh"]})
         if not loaded.entries and self._local is None:
@@ -701,8 +706,15 @@ class Worker:
 
     async def _serve_anew(self) -> None:
         await self._insist(self._publish)
-        await self._insist(lambda: self._backend.serve(self.owner, self._served(), self._namespaces))
+        await self._insist(self._serve)
         self._look_again()
+
+    async def _serve(self) -> None:
+        await self._backend.serve(self.owner, self._served(), self._namespaces, self._broken())
+
+    def _broken(self) -> list[str]:
+        """What is wrong with the files that cannot be used, for whoever looks at this worker."""
+        return [f"{each.target}: {each.error}"[:BROKEN_TEXT] for each in self._problems[:BROKEN_MOST]]
 
     async def _keep_launcher(self) -> None:
         """Start another launcher when this one ends; running jobs do not notice."""
@@ -718,13 +730,28 @@ class Worker:
             await asyncio.sleep(pause)
             await self._load_anew()
 
-    async def _load_anew(self) -> None:
-        """Load all job files in another launcher and go on with that."""
+    async def _load_anew(self, *, changed: bool = False) -> None:
+        """Load all job files in another launcher and go on with that.
+
+        If they have `changed`, and jobs are missing as files are broken, with the one before: an author who
+        saves in the middle of a word takes no job from whoever enqueues it.
+        """
         try:
-            self._adopt(*await load_all(Launcher.spawn(self._settings), self._settings, self._settings.jobs))
+            launcher, loaded = await load_all(
+                Launcher.spawn(self._settings), self._settings, self._settings.jobs
+            )
         except (LauncherDied, OSError) as error:
             log.error("launcher.failed", extra={"error": str(error)})
             return
+        missing = self._loaded.entries.keys() - self._with_local(loaded).entries.keys()
+        if changed and missing and loaded.problems:
+            launcher.close()
+            self._problems = loaded.problems
+            _complain(loaded.problems)
+            log.warning("jobs.kept", extra={"jobs": sorted(missing)})
+            await self._insist(self._serve)
+            return
+        self._adopt(launcher, loaded)
         await self._serve_anew()
 
     async def _reload(self) -> None:
@@ -734,8 +761,15 @@ class Worker:
             await asyncio.sleep(RELOAD_EVERY)
             if _stamps(self._loaded.files) != seen:
                 log.info("jobs.changed")
-                await self._load_anew()
+                await self._load_anew(changed=True)
                 seen = _stamps(self._loaded.files)
+
+
+def _complain(problems: Iterable[Problem]) -> None:
+    for problem in problems:
+        # The exception carries the text, so that it is shown as a traceback is.
+        shown = JobInvalid("".join(problem.traceback)) if problem.traceback else None
+        log.error("jobs.broken", extra={"target": problem.target, "error": problem.error}, exc_info=shown)
 
 
 def _stamps(files: Collection[str]) -> dict[str, tuple[int, int] | None]:

@@ -113,8 +113,10 @@ class Direct:
         await self._catalogue.publish(entries)
         await publish_declared(self._schedules, self._catalogue, entries)
 
-    async def serve(self, owner: Owner, jobs: Sequence[str], namespaces: Sequence[str]) -> None:
-        await self._registry.serve(owner, jobs, namespaces)
+    async def serve(
+        self, owner: Owner, jobs: Sequence[str], namespaces: Sequence[str], broken: Sequence[str]
+    ) -> None:
+        await self._registry.serve(owner, jobs, namespaces, broken)
 
     async def beat(
         self, owner: Owner, *, running: int, draining: bool, gate: str | None, paused: bool

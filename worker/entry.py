@@ -14,7 +14,7 @@ from pymongo.errors import PyMongoError
 from core4.brokers import require
 from core4.config import DEBUG, Settings
 from core4.database import Database
-from core4.errors import ConfigError, Unauthenticated, Unavailable
+from core4.errors import ConfigError, JobInvalid, Unauthenticated, Unavailable
 from core4.service import hide_memory, run_loop, stop_on_signals
 from core4.worker import functions
 from core4.worker.backend import Refused
@@ -58,7 +58,7 @@ async def _serve(settings: Settings, launcher: Launcher) -> int:
             await _serve_remote(settings, launcher, stop, halt)
         else:
             await _serve_direct(settings, launcher, stop, halt)
-    except (Refused, Unauthenticated) as refused:
+    except (Refused, Unauthenticated, JobInvalid) as refused:
         log.critical("worker.refused", extra={"error": refused.detail})
         return 1
     except Exception:

@@ -221,8 +221,10 @@ class Remote:
             log.warning("jobs.unpublished", extra={"jobs": others, "namespaces": self._namespaces})
         await self._ask(owner, "publish", entries=own)
 
-    async def serve(self, owner: Owner, jobs: Sequence[str], namespaces: Sequence[str]) -> None:
-        await self._ask(owner, "serve", jobs=list(jobs))
+    async def serve(
+        self, owner: Owner, jobs: Sequence[str], namespaces: Sequence[str], broken: Sequence[str]
+    ) -> None:
+        await self._ask(owner, "serve", jobs=list(jobs), broken=list(broken))
 
     async def beat(
         self, owner: Owner, *, running: int, draining: bool, gate: str | None, paused: bool

@@ -1066,9 +1066,21 @@ async def test_a_changed_file_is_loaded_again(house: House, tmp_path: Path) -> N
                 return result
 
             await eventually_async(answers)
+        file.write_text("1 / 0\n")
+
+        async def told() -> bool:
+            rows = await house.registry.up()
+            return any("ZeroDivisionError" in text for text in rows[0].get("broken") or ())
+
+        await eventually_async(told, what="the broken file is told of")
+        assert await known()
+        assert await answers(22)
+        file.write_text(text.format(version=333))
+        await eventually_async(lambda: answers(333))
         os.kill(pid, signal.SIGTERM)
         job = await house.reach(long)
         assert running.worker._loaded.problems == []
+        assert (await house.registry.up())[0]["broken"] == []
     assert (job.state, job.trial) == (State.COMPLETE, 1)
 
 

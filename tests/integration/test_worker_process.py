@@ -122,13 +122,30 @@ async def test_a_signal_for_all_its_processes_is_the_workers_to_handle(
     assert (await queue.store.get(job_id)).state is State.COMPLETE
 
 
-async def test_a_broken_file_is_shown_with_its_traceback(command: Command, tmp_path: Path) -> None:
+async def test_a_worker_without_a_job_that_loads_ends(command: Command, tmp_path: Path) -> None:
+    """Who looks after it sees that it does not run, and why."""
+    (tmp_path / "broken_file.py").write_text("import no_such_module_at_all\n")
+    command.args = [program("core4"), "worker", str(tmp_path / "broken_file.py")]
+    with command:
+        assert command.wait() == 1
+
+    assert "no job can be loaded" in command.output
+    assert "No module named 'no_such_module_at_all'" in command.output
+    assert '"ready"' not in command.output
+
+
+async def test_a_broken_file_is_shown_with_its_traceback(
+    command: Command, tmp_path: Path, registry: WorkerRegistry
+) -> None:
     (tmp_path / "broken_file.py").write_text("def f():\n    return undefined_name\n\nf()\n")
     command.args = [*command.args, str(tmp_path / "broken_file.py")]
     command.environ = {**command.environ, "CORE4_LOG_FORMAT": "text"}
     with command:
         command.wait_for("ready")
+        broken = (await registry.up())[0]["broken"]
 
+    assert len(broken) == 1
+    assert "broken_file.py: NameError" in broken[0]
     assert "jobs.broken" in command.output
     assert "    return undefined_name\n" in command.output
     assert "importlib" not in command.output

@@ -114,6 +114,12 @@ def test_each_command_explains_itself(name: str, command: click.Command) -> None
         ["worker", "no_such_file.py", "--tmux", "2"],
         ["worker", "./"],
         ["run", "no.such.Job"],
+        ["run", "examples.DummyJob", "sleep"],
+        ["run", "some_file.py:Job"],
+        ["run", "TASKS:add", "a=1"],
+        ["init", "no_folder/first.py"],
+        ["events", "--since", "yesterday"],
+        ["worker", "--namespace", "bad ns!"],
         ["init", "not-a-module.txt"],
         ["--config", "no_such.toml", "config"],
     ],
@@ -145,6 +151,28 @@ def test_init_writes_a_job_that_runs(
     assert '"greeting": "Hello, Ada!"' in capsys.readouterr().out
     assert cli.main(["init", "first_steps.py"]) == 2
     assert "exists" in capsys.readouterr().err
+
+
+def test_run_says_what_it_cannot_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A task is a function; a job that cannot be read opens no debugger that nobody has asked for."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "task_of_mine.py").write_text(
+        "from core4 import task\n@task(namespace='MINE')\ndef add(a): return a\n"
+    )
+
+    for name, said in (
+        ("task_of_mine.add", "[task_of_mine.add] is a task"),
+        ("MINE:add", "[MINE:add] is a task"),
+        ("task_of_mine.py:add", "name its file with -m FILE.py"),
+    ):
+        assert cli.main(["run", name, "a=1", "-m", "task_of_mine.py"]) == 2
+        assert said in capsys.readouterr().err
+    assert cli.main(["init", "first_steps_too.py"]) == 0
+    assert cli.main(["run", "first_steps_too.Hello", "name"]) == 2
+    assert "argument 'name' does not look like key=value" in capsys.readouterr().err
 
 
 def test_run_runs_a_coroutine_function(
