@@ -57,7 +57,7 @@ TERMS: Mapping[str, Sequence[str]] = {
         "entry_counted",
     ),
     "worker": ("worker_second", "inline_job", "inline_call", "process_job", "job_second", "job_heard"),
-    "api": ("second", "job", "post", "line", "frame", "page"),
+    "api": ("second", "job", "post", "line", "frame", "page", "page_in_spans"),
 }
 MEANING = {
     "second": "a second, whatever happens",
@@ -153,17 +153,17 @@ WARM = 4  # jobs of each kind and worker before anything is measured: what only 
 
 @dataclass
 class Point:
-    """What was measured at a load: processor time of each part, in seconds of the machine as it was."""
+    """What was measured at a load: processor time of each part, in seconds of the machine as it was.
+
+    Its pace is told and not divided out: loads that were measured again changed half as much as the loop did,
+    and the three that were not fitted were predicted worse with it.
+    """
 
     load: Load
     seconds: float
     pace: float  # seconds of the loop that is always the same
     used: dict[str, float]
     unseen: bool = False
-
-    def measured(self, part: str, pace: float) -> float:
-        """Seconds of processor time, on a machine whose loop takes `pace` seconds."""
-        return self.used[part] * pace / self.pace
 
     @property
     def counts(self) -> dict[str, float]:
@@ -308,7 +308,7 @@ def running_job(here: Stand) -> Job:
 
 @dataclass(frozen=True)
 class Model:
-    """Seconds of processor time of each part for one of each term, on a machine of this pace."""
+    """Seconds of processor time of each part for one of each term; `pace` is the median of the machine's."""
 
     pace: float
     costs: Mapping[str, Mapping[str, float]]
@@ -365,7 +365,7 @@ def model_of(points: Sequence[Point]) -> Model:
     for part in PARTS:
         # A part that is not there has nothing to be measured.
         there = [point for point in seen if part != "worker" or point.load.workers]
-        measured = [(point.counts, point.measured(part, pace)) for point in there]
+        measured = [(point.counts, point.used[part]) for point in there]
         costs[part] = fitted(measured, TERMS[part], LEAST)
     return Model(pace, costs)
 
@@ -378,7 +378,7 @@ def rows(model: Model, points: Sequence[Point]) -> list[Document]:
         for part in PARTS:
             if part == "worker" and not load.workers:
                 continue
-            measured = statistics.median(point.measured(part, model.pace) for point in some)
+            measured = statistics.median(point.used[part] for point in some)
             expected = statistics.median(model.predicted(part, point) for point in some)
             row = {"load": load.name, "part": part, "measured": measured, "predicted": expected}
             found.append({**row, "error": expected / measured - 1, "unseen": some[0].unseen, "n": len(some)})
