@@ -25,8 +25,9 @@ AT_ONCE = 100  # connections that are looked at before others get their turn
 
 @web.middleware
 async def heard(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """The head of a request is there: the connection may stay."""
-    cast(Connection, request.protocol).heard()
+    """The head of a request is there: the connection may stay. An application has connections of its own."""
+    if isinstance(request.protocol, Connection):
+        request.protocol.heard()
     return await handler(request)
 
 

@@ -114,13 +114,12 @@ def test_terms_that_always_occur_together_are_refused() -> None:
 def test_the_grid_tells_all_terms_apart_and_predicts_what_is_not_in_it() -> None:
     costs = {part: {term: 0.001 * (n + 1) for n, term in enumerate(TERMS[part])} for part in PARTS}
 
-    def point(load: Load, pace: float) -> Point:
+    def point(load: Load) -> Point:
         seconds = load.seconds + 3.0
-        used = {part: predicted(costs[part], load.counts(seconds)) * pace for part in PARTS}
-        return Point(load, seconds, pace, used, unseen=load in UNSEEN)
+        used = {part: predicted(costs[part], load.counts(seconds)) for part in PARTS}
+        return Point(load, seconds, 0.002, used, unseen=load in UNSEEN)
 
-    # A machine that is half as fast at every other point: the pace takes it out.
-    points = [point(load, 1.0 + n % 2) for n, load in enumerate((*GRID, *UNSEEN))]
+    points = [point(load) for load in (*GRID, *UNSEEN)]
     model = model_of(points)
     unseen = [row for row in rows(model, points) if row["unseen"]]
     assert len(unseen) == 3 * len(PARTS)
