@@ -30,7 +30,7 @@ from core4.api.keys import (
     WORKERS,
 )
 from core4.api.streams import follow_job, job_headers
-from core4.bookmarks import behind, bookmark, total_order
+from core4.bookmarks import behind, bookmark, total_order, unreadable
 from core4.database import Page
 from core4.errors import BadArguments, BadRequest, Forbidden, JobNotFound, KeyReused, UnknownJob
 from core4.filters import (
@@ -375,7 +375,7 @@ def _log_cursor(text: str, *, descending: bool) -> int:
     if not text:
         return 0
     if len(text) > _LOG_DIGITS or not (text.isascii() and text.isdigit()):
-        raise BadRequest("parameter [cursor] expected [next] of an answer with the same sort")
+        raise unreadable()
     return int(text)
 
 

@@ -98,12 +98,6 @@ def _names(names: list[Any]) -> None:
         raise ValidationError("a list of names is expected")
 
 
-def _broken(texts: list[Any]) -> None:
-    if len(texts) > 100:
-        raise ValidationError("at most 100 are expected")
-    _names(texts)
-
-
 def _rooms(rooms: dict[str, Any]) -> None:
     _names(list(rooms))
     if not all(type(room) is int and 0 <= room < 2**31 for room in rooms.values()):
@@ -157,7 +151,9 @@ class Names(Arguments):
     """The jobs that it runs, and what is wrong with those of its files that it cannot use."""
 
     jobs = _must(List, validate=_names)
-    broken = List(load_default=list, validate=_broken)
+    broken = List(
+        load_default=list, validate=[_names, validate.Length(max=100, error="at most 100 are expected")]
+    )
 
 
 class Beat(Arguments):

@@ -68,8 +68,12 @@ def _read(text: str, order: Order, fields: Mapping[str, Field]) -> list[Any]:
             raise ValueError
         return [None if value is None else parsers[path](value) for path, _, value in terms]
     except (KeyError, RecursionError, TypeError, ValueError):
-        text = "parameter [cursor] expected [next] of an answer with the same sort"
-        raise BadRequest(text) from None
+        raise unreadable() from None
+
+
+def unreadable() -> BadRequest:
+    """A `cursor` that no answer has given, or one to another question."""
+    return BadRequest("parameter [cursor] expected [next] of an answer with the same sort")
 
 
 def _value(row: Mapping[str, Any], path: str) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -28,8 +28,6 @@ from core4.display import OUTCOMES, line_text, watch
 
 if TYPE_CHECKING:
     from core4.client import Client, Page
-
-Rows = list[dict[str, Any]]
 
 LEVELS = {"DEBUG": 10, "INFO": 20, "WARNING": 30, "ERROR": 40, "CRITICAL": 50}
 MOST_ROWS = 500  # of one page of the API
@@ -218,24 +216,16 @@ def log(job_id: str, level: str | None, tail: int | None, output: str) -> None:
     """
     where = {"levelno": {"gte": LEVELS[level.upper()]}} if level else None
     with connect() as client:
+        fetch = partial(client.log, job_id, per_page=min(tail or MOST_ROWS, MOST_ROWS), filter=where)
+        lines: Iterable[dict[str, Any]] = _behind_each_other(fetch)
         if tail:
-            pages = iter([_last_lines(client, job_id, tail, where)])
-        else:
-            pages = _behind_each_other(partial(client.log, job_id, per_page=MOST_ROWS, filter=where))
+            newest = _all(lambda page: fetch(page=page, sort=[["_id", -1]]), limit=tail)
+            lines = reversed(newest)
         if output == "json":
-            echo_json([line for lines in pages for line in lines])
+            echo_json(list(lines))
             return
-        for line in itertools.chain.from_iterable(pages):
+        for line in lines:
             click.echo(line_text(line))
-
-
-def _last_lines(client: Client, job_id: str, count: int, where: Mapping[str, Any] | None) -> Rows:
-    newest: dict[str, Any] = {
-        "per_page": min(count, MOST_ROWS),
-        "filter": where,
-        "sort": [["_id", -1]],
-    }
-    return _all(lambda page: client.log(job_id, page=page, **newest), limit=count)[::-1]
 
 
 @job.command()
@@ -375,18 +365,18 @@ def _more(page: Page) -> str:
     return f"; go on with --cursor {page.next}" if page.next else ""
 
 
-def _behind_each_other(fetch: Callable[..., Page]) -> Iterator[Rows]:
-    """The rows page by page: each is read behind the one before it."""
+def _behind_each_other(fetch: Callable[..., Page]) -> Iterator[dict[str, Any]]:
+    """The rows of all pages, each of which is read behind the one before it."""
     cursor: str | None = ""
     while cursor is not None:
         page = fetch(cursor=cursor)
-        yield page.rows
+        yield from page
         cursor = page.next
 
 
-def _all(fetch: Callable[[int], Page], limit: int | None = None) -> Rows:
+def _all(fetch: Callable[[int], Page], limit: int | None = None) -> list[dict[str, Any]]:
     """The rows of all pages, or the first `limit` of them."""
-    rows: Rows = []
+    rows: list[dict[str, Any]] = []
     for number in itertools.count():
         page = fetch(number)
         rows += page.rows

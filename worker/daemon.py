@@ -83,7 +83,6 @@ class Worker:
         self._slots = Slots(settings.slots or len(os.sched_getaffinity(0)) * 2, self._on_room)
         self._watch = Watch(backend, settings.poll)
         self._loaded = Loaded()
-        self._problems: Sequence[Problem] = ()  # of the files as they are now
         self._gate = Gate(settings.max_cpu, settings.min_free_ram)
         self._identity: dict[str, Any] = {}  # of every line that is logged from here on
         self._owners: set[str] = set()  # all that this process has been
@@ -238,7 +237,7 @@ class Worker:
             jobs=self._served(),
         )
         self._registered, self._renewed = owner, sent
-        if self._problems:
+        if self._loaded.problems:
             await self._serve()
 
     async def _insist(self, step: Callable[[], Awaitable[None]]) -> None:
@@ -681,7 +680,6 @@ class Worker:
             self._hosts.retire()
         self._launcher, self._loaded = launcher, self._with_local(loaded)
         loaded = self._loaded
-        self._problems = loaded.problems
         self._foreign.clear()
         self._launchable.set()
         _complain(loaded.problems)
@@ -714,7 +712,7 @@ class Worker:
 
     def _broken(self) -> list[str]:
         """What is wrong with the files that cannot be used, for whoever looks at this worker."""
-        return [f"{each.target}: {each.error}"[:BROKEN_TEXT] for each in self._problems[:BROKEN_MOST]]
+        return [f"{each.target}: {each.error}"[:BROKEN_TEXT] for each in self._loaded.problems[:BROKEN_MOST]]
 
     async def _keep_launcher(self) -> None:
         """Start another launcher when this one ends; running jobs do not notice."""
@@ -746,7 +744,7 @@ class Worker:
         missing = self._loaded.entries.keys() - self._with_local(loaded).entries.keys()
         if changed and missing and loaded.problems:
             launcher.close()
-            self._problems = loaded.problems
+            self._loaded = replace(self._loaded, problems=loaded.problems)
             _complain(loaded.problems)
             log.warning("jobs.kept", extra={"jobs": sorted(missing)})
             await self._insist(self._serve)

@@ -51,14 +51,14 @@ def lazy(port: int) -> Iterator[socket.socket]:
 
 async def read(peer: socket.socket, *, pause: float = 0.0) -> bytes:
     """All that comes until the end of the connection, 32 KB at a time."""
-    loop, found = asyncio.get_running_loop(), b""
+    loop, found = asyncio.get_running_loop(), bytearray()
     try:
         while part := await loop.sock_recv(peer, 32_768):
             found += part
             await asyncio.sleep(pause)
     except ConnectionError:
         pass
-    return found
+    return bytes(found)
 
 
 async def test_answers_that_are_not_read(api: Api, impatient: None, caplog: pytest.LogCaptureFixture) -> None:

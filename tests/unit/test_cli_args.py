@@ -139,13 +139,16 @@ def test_bad_usage_is_exit_code_2(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_init_writes_a_job_that_runs(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """The first job file runs as it is, and is not overwritten."""
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working folder, and a list of places of its own that modules are looked for in."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
+    return tmp_path
 
+
+def test_init_writes_a_job_that_runs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The first job file runs as it is, and is not overwritten."""
     assert cli.main(["init", "first_steps.py"]) == 0
     assert cli.main(["run", "first_steps.Hello", "name=Ada", "pause=0"]) == 0
     assert '"greeting": "Hello, Ada!"' in capsys.readouterr().out
@@ -153,13 +156,9 @@ def test_init_writes_a_job_that_runs(
     assert "exists" in capsys.readouterr().err
 
 
-def test_run_says_what_it_cannot_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_run_says_what_it_cannot_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A task is a function; a job that cannot be read opens no debugger that nobody has asked for."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    (tmp_path / "task_of_mine.py").write_text(
+    (folder / "task_of_mine.py").write_text(
         "from core4 import task\n@task(namespace='MINE')\ndef add(a): return a\n"
     )
 
@@ -175,12 +174,8 @@ def test_run_says_what_it_cannot_run(
     assert "argument 'name' does not look like key=value" in capsys.readouterr().err
 
 
-def test_run_runs_a_coroutine_function(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    (tmp_path / "awaiting_one.py").write_text(
+def test_run_runs_a_coroutine_function(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "awaiting_one.py").write_text(
         "import asyncio\nfrom core4 import CoreJob\n"
         "class Hello(CoreJob):\n    author = 'me'\n    inline = True\n"
         "    async def execute(self, name):\n        await asyncio.sleep(0)\n"
